@@ -1,0 +1,113 @@
+"""Focus: prompt-guided token pruning (SEC) and similarity concentration before every GEMM (SIC). HPCA 2026."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.ops import concentrated_operations, dense_operations
+from focuslib.semantic import most_important, prompt_importance, tokens_to_keep
+from focuslib.similarity import ITSELF, concentrate, num_vectors
+
+
+@dataclass(frozen=True)
+class Focus(Method):
+    """Focus, with the published defaults of a 28-layer model.
+
+    selected_layers: layers after whose attention visual tokens are pruned (SEC). retention: share of the original
+        visual tokens each of them keeps (α). similarity_threshold: cosine similarity a vector must exceed to be merged (τ).
+    vector_size: channels a vector. frame_block, block: candidates lie up to frame_block − 1 frames and block − 1 rows and
+        columns away. m_tile: tokens a GEMM tile, −1 for one tile. full_resolution: follow pointers to the root
+        always (published: at most num_frames doublings, which stops early for single images).
+    sec_only: the ablation without similarity concentration.
+    """
+
+    name: ClassVar[str] = "focus"
+
+    selected_layers: tuple[int, ...] = (2, 5, 8, 16, 25)
+    retention: tuple[float, ...] = (0.4, 0.3, 0.2, 0.15, 0.1)
+    similarity_threshold: float = 0.9
+    vector_size: int = 32
+    frame_block: int = 2
+    block: int = 2
+    m_tile: int = 1024
+    full_resolution: bool = False
+    sec_only: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "selected_layers", tuple(self.selected_layers))
+        object.__setattr__(self, "retention", tuple(self.retention))
+        if len(self.selected_layers) != len(self.retention):
+            raise ValueError(
+                f"focus: selected_layers has {len(self.selected_layers)} entries and retention {len(self.retention)}; "
+                "give one retention a layer"
+            )
+        if list(self.selected_layers) != sorted(set(self.selected_layers)) or min(self.selected_layers, default=0) < 0:
+            raise ValueError(f"focus: selected_layers {self.selected_layers} must be ascending layer numbers from 0")
+        if any(not 0 < alpha <= 1 for alpha in self.retention):
+            raise ValueError(f"focus: retention {self.retention} must lie in (0, 1]")
+        if self.similarity_threshold < 0:
+            raise ValueError(f"focus: similarity_threshold {self.similarity_threshold} must not be negative")
+        for name in ("vector_size", "frame_block", "block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"focus: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.m_tile != -1 and self.m_tile < 1:
+            raise ValueError(f"focus: m_tile is {self.m_tile}; it must be at least 1, or -1 for one tile")
+
+    def begin(self, prefill: Prefill, embeds: Tensor) -> None:
+        layers = prefill.shape.layers
+        if self.selected_layers and self.selected_layers[-1] >= layers:
+            raise ValueError(f"focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}")
+
+    def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
+        visual = x[prefill.visual]
+        if self.sec_only:
+            vectors = num_vectors(visual.shape[1], self.vector_size)
+            prefill.record_site(layer, site, visual.new_full((len(visual), vectors), ITSELF, dtype=torch.uint8))
+            return x
+        merged = concentrate(
+            visual,
+            prefill.present,
+            prefill.grid,
+            threshold=self.similarity_threshold,
+            vector_size=self.vector_size,
+            frame_block=self.frame_block,
+            block=self.block,
+            m_tile=self.m_tile,
+            max_doublings=self.max_doublings(prefill.grid.num_frames, prefill.grid.length),
+        )
+        prefill.record_site(layer, site, merged.codes)
+        x = x.clone()
+        x[prefill.visual] = merged.values
+        return x
+
+    def max_doublings(self, num_frames: int, length: int) -> int:
+        """Pointer-doubling steps: the published bound, or enough to reach any root."""
+        return length.bit_length() if self.full_resolution else num_frames
+
+    def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        heads, tokens, width = queries.shape
+        rows = self.at_site(prefill, layer, "query", queries.transpose(0, 1).reshape(tokens, heads * width))
+        queries = rows.view(tokens, heads, width).transpose(0, 1)
+        if layer in self.selected_layers:
+            visual = prefill.visual
+            importance = prompt_importance(queries, keys, visual.start, len(prefill.present), scaling)
+            prefill.state["importance"] = importance
+        return queries
+
+    def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if layer not in self.selected_layers:
+            return hidden, None
+        alpha = self.retention[self.selected_layers.index(layer)]
+        importance = prefill.state.pop("importance")
+        keep = tokens_to_keep(prefill.grid.length, alpha, len(prefill.present))
+        visual = prefill.visual
+        rows = torch.arange(len(hidden), device=hidden.device)
+        kept = most_important(importance, keep) + visual.start
+        return hidden, torch.cat([rows[: visual.start], kept, rows[visual.stop :]])
+
+    def computation_sparsity(self, record: PrefillRecord) -> float:
+        left = concentrated_operations(record.shape, record.counts, sec_only=self.sec_only)
+        return 1 - left / dense_operations(record.shape, record.grid.length)

@@ -1,0 +1,44 @@
+"""Semantic concentration (SEC): keep the visual tokens the prompt attends to. Paper: Focus (HPCA 2026), semantic concentrator."""
+
+import torch
+from torch import Tensor
+
+
+def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) -> Tensor:
+    """Softmax attention of some query rows, causal, without forming the full matrix.
+
+    queries: [H, R, d], the rows asked for. keys: [H_kv, T, d]; H is a multiple of H_kv (grouped-query attention).
+    rows: [R] int64, the place of each query in the sequence; it sees keys 0 … rows[r].
+    Returns [H, R, T] float32.
+    """
+    heads, count, _ = queries.shape
+    kv_heads, tokens, _ = keys.shape
+    grouped = queries.view(kv_heads, heads // kv_heads * count, -1)
+    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens) * scaling
+    future = torch.arange(tokens, device=rows.device)[None] > rows[:, None]
+    return scores.masked_fill_(future, float("-inf")).softmax(-1)
+
+
+def prompt_importance(queries: Tensor, keys: Tensor, start: int, count: int, scaling: float) -> Tensor:
+    """How strongly the prompt attends to each visual token: the maximum over heads and over the text tokens after them.
+
+    queries: [H, T, d], keys: [H_kv, T, d], both after rotary embedding.
+    start, count: the visual tokens occupy [start, start + count) of the sequence; text follows them.
+    Returns [count] float32. Raises ValueError if no text follows.
+    """
+    tokens = queries.shape[1]
+    text = torch.arange(start + count, tokens, device=queries.device)
+    if len(text) == 0:
+        raise ValueError("no text follows the visual tokens; prompt-guided pruning needs the question after them")
+    probabilities = attention_rows(queries[:, text], keys, text, scaling)
+    return probabilities[..., start : start + count].amax((0, 1))
+
+
+def most_important(importance: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` largest entries, ascending; of equal ones the first wins. importance: [N]."""
+    return importance.sort(descending=True, stable=True).indices[:keep].sort().values
+
+
+def tokens_to_keep(total: int, retention: float, left: int) -> int:
+    """k = clamp(int(total · retention), 1, left): the tokens a pruning layer keeps of those still present."""
+    return max(1, min(int(total * retention), left))
