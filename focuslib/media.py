@@ -1,12 +1,19 @@
-"""Videos from files: which frames a model samples, and their pixels."""
+"""Videos and images from files: which frames a model samples, and their pixels as 8-bit RGB."""
 
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image, ImageOps
 
 from focuslib.errors import UserError
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+FOLDER_FPS = 3.0  # frames a second of a folder of frames: that of MVBench's, the only published data set with folders
 
 
 @dataclass(frozen=True)
@@ -16,56 +23,195 @@ class FrameSampling:
     max_frames: the most frames taken; beyond it they are spread evenly from the first to the last.
     per_second: candidates are taken at this rate (every round(fps / per_second)-th frame) and spread only if there are
         more than max_frames. None: always max_frames, spread evenly (a shorter video repeats frames).
+    centred: spread over the candidates, each in the middle of its share of them, instead of from first to last frame.
     """
 
     max_frames: int
     per_second: float | None = None
+    centred: bool = False
 
     def indices(self, total: int, fps: float) -> list[int]:
-        """Frame numbers to take from a video of `total` frames at `fps` frames a second."""
+        """Frame numbers to take from a video of `total` frames at `fps` frames a second, ascending."""
+        candidates = list(range(total))
         if self.per_second is not None:
-            candidates = list(range(0, total, max(1, round(fps / self.per_second))))
+            candidates = candidates[:: max(1, round(fps / self.per_second))]
             if len(candidates) <= self.max_frames:
                 return candidates
+        if self.centred:
+            gap = len(candidates) / self.max_frames
+            return [candidates[int(i * gap + gap / 2)] for i in range(self.max_frames)]
         return np.linspace(0, total - 1, self.max_frames, dtype=int).tolist()
 
 
-def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
-    """The sampled frames of a video file: [F, H, W, 3] uint8 RGB. Raises UserError if it cannot be read."""
+def is_image_file(path: str | Path) -> bool:
+    """Whether a file's name says that it is an image (a .gif too: its first frame)."""
+    path = Path(path)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB. Raises UserError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such video file")
+        raise UserError(f"{path}: no such image file")
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: has no video stream")
-            stream = container.streams.video[0]
-            total = sum(packet.pts is not None for packet in container.demux(stream))
-            fps = float(stream.average_rate or stream.guessed_rate or 1)
-        if total == 0:
-            raise UserError(f"{path}: has no frames")
-        wanted = sampling.indices(total, fps)
-        frames = _decode(path, set(wanted))
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a readable video ({error})") from error
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({_one_line(error)})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB: upright (EXIF), the first frame of an animation, transparency on white, 16 bits scaled."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError("an image of floating-point pixels has no known range; convert it to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
+    """The sampled frames of a video file, or of a folder of frames in the order of their names.
+
+    Returns [F, H, W, 3] uint8 RGB, upright. Decodes only what lies between a wanted frame and the key frame before it, and
+    keeps only wanted frames. Raises UserError if the video cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, sampling)
+    if not path.is_file():
+        raise UserError(f"{path}: no such video file")
+    with _one_line_errors(path):
+        listing = _list_packets(path)
+        wanted = sampling.indices(len(listing.times), listing.fps)
+        frames = _decode_seeking(path, listing, sorted(set(wanted)))
+        if frames is None:
+            frames = _decode_all(path, set(wanted))
     if not frames:
         raise UserError(f"{path}: no frame could be decoded")
-    if max(wanted) not in frames:  # containers may announce more frames than they hold
+    if not set(wanted) <= frames.keys():
+        total = len(listing.times)
         raise UserError(f"{path}: truncated, {total} frames announced and {max(frames) + 1} decoded")
-    return np.stack([frames[index] for index in wanted])
+    return _stack(path, [frames[index] for index in wanted])
 
 
-def _decode(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
-    """Frame number → pixels of the wanted frames."""
+def _read_folder(path: Path, sampling: FrameSampling) -> np.ndarray:
+    files = sorted(file for file in path.iterdir() if is_image_file(file))
+    if not files:
+        raise UserError(f"{path}: a folder without image files")
+    return _stack(path, [np.asarray(read_image(files[i])) for i in sampling.indices(len(files), FOLDER_FPS)])
+
+
+def _stack(path: Path, frames: list[np.ndarray]) -> np.ndarray:
+    sizes = sorted({frame.shape[1::-1] for frame in frames})
+    if len(sizes) > 1:
+        raise UserError(f"{path}: frames of different sizes ({sizes[0]} and {sizes[1]}); a video has one size")
+    return np.stack(frames)
+
+
+@dataclass
+class _Packets:
+    """What a video file holds, without decoding: display times in stream units, in order, and those of key frames."""
+
+    times: list[int]
+    key_times: list[int]
+    fps: float
+    seekable: bool
+
+
+def _list_packets(path: Path) -> _Packets:
+    times: list[int] = []
+    key_times: list[int] = []
+    count = without_time = 0
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UserError(f"{path}: has no video stream")
+        stream = container.streams.video[0]
+        announced, fps = stream.frames, float(stream.average_rate or stream.guessed_rate or 1)
+        for packet in container.demux(stream):
+            if packet.size == 0:  # the flush packet at the end
+                continue
+            count += 1
+            if packet.is_discard:  # outside the edit list: decoded, never shown
+                continue
+            if packet.pts is None:
+                without_time += 1
+                continue
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                key_times.append(packet.pts)
+    if count == 0:
+        raise UserError(f"{path}: has no frames")
+    if count < announced:
+        raise UserError(f"{path}: truncated, {announced} frames announced and {count} found")
+    if without_time:
+        return _Packets(list(range(len(times) + without_time)), [], fps, False)
+    times.sort()
+    key_times.sort()
+    seekable = bool(key_times) and key_times[0] == times[0] and len(set(times)) == len(times)
+    return _Packets(times, key_times, fps, seekable)
+
+
+def _decode_seeking(path: Path, packets: _Packets, wanted: list[int]) -> dict[int, np.ndarray] | None:
+    """Frame number → pixels of the wanted frames (ascending); None if the file cannot be sought in exactly."""
+    if not packets.seekable:
+        return None
+    frames: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        decoder: Iterator[av.VideoFrame] = container.decode(stream)
+        position = packets.times[0]  # display time of the frame that the decoder gives next, or an earlier one
+        for index in wanted:
+            target = packets.times[index]
+            key = packets.key_times[bisect_right(packets.key_times, target) - 1]
+            if key > position:
+                container.seek(key, stream=stream)
+                decoder = container.decode(stream)
+            frame = next((frame for frame in decoder if frame.pts is None or frame.pts >= target), None)
+            if frame is None or frame.pts != target:
+                return None
+            frames[index] = _upright(frame)
+            position = target
+    return frames
+
+
+def _decode_all(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
+    """Frame number → pixels of the wanted frames, decoding from the start to the last of them."""
     frames = {}
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
-                frames[index] = frame.to_ndarray(format="rgb24")
+                frames[index] = _upright(frame)
                 if len(frames) == len(wanted):
                     break
     return frames
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """A frame's pixels [H, W, 3] uint8, turned by the display matrix (quarter turns, counterclockwise degrees)."""
+    pixels = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turn a decoder's exception into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (av.FFmpegError, ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable video ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

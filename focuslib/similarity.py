@@ -16,7 +16,7 @@ ZERO = 255  # code of a vector whose entries are all zero
 MAX_CANDIDATES = 254
 
 # Working set of one pass over a block of rows. On a CPU it has to stay in a core's cache; on a GPU it only bounds memory.
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 1 << 28
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 19, 1 << 28
 
 
 @dataclass
@@ -73,7 +73,8 @@ def concentrate(
     inverse_norm, nonzero = _inverse_norms(x, vectors)
     tile = _tiles(nonzero, m_tile)
     rows = _neighbour_rows(positions, offsets, grid.length, tile)
-    best, codes = _best_candidates(x, vectors, inverse_norm, rows)
+    shifts = offsets if tokens == grid.length else None
+    best, codes = _best_candidates(x, vectors, inverse_norm, rows, shifts)
 
     similar = best > threshold
     codes = torch.where(similar, codes, ITSELF)
@@ -134,26 +135,29 @@ def _neighbour_rows(positions: Tensor, offsets: list[int], length: int, tile: Te
     return rows
 
 
-def _best_candidates(x: Tensor, vectors: int, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _best_candidates(
+    x: Tensor, vectors: int, inverse_norm: Tensor, rows: Tensor, shifts: list[int] | None
+) -> tuple[Tensor, Tensor]:
     """Best cosine similarity over the candidates and which candidate has it (1-based; the first wins a tie).
 
+    shifts: each candidate's distance in rows if it is the same for all rows (no token dropped), which saves gathering.
     A missing candidate is a zero vector: similarity 0, never above a threshold, so it is never chosen here.
     """
     best = torch.zeros_like(inverse_norm)
     codes = torch.zeros_like(inverse_norm, dtype=torch.uint8)
+    present = rows >= 0
+    rows = rows.clamp(min=0)
     for block in _row_blocks(x):
         own = x[block].view(-1, vectors, x.shape[1] // vectors).float()
         own = own * inverse_norm[block, :, None]
-        for candidate, row in enumerate(rows[:, block], start=1):
-            present = row >= 0
-            if not bool(present.any()):
-                continue
-            row = row.clamp(min=0)
-            other = x[row].view_as(own).float()
-            similarity = (own * other).sum(-1) * inverse_norm[row]
-            better = (similarity > best[block]) & present[:, None]
-            best[block] = torch.where(better, similarity, best[block])
-            codes[block].masked_fill_(better, candidate)
+        best_here, codes_here = best[block], codes[block]
+        for candidate, row in enumerate(rows[:, block]):
+            shift = shifts[candidate] if shifts else block.stop
+            source = slice(block.start - shift, block.stop - shift) if shift <= block.start else row
+            similarity = (own * x[source].view_as(own).float()).sum(-1) * inverse_norm[source]
+            better = (similarity > best_here) & present[candidate, block, None]
+            best_here.copy_(torch.where(better, similarity, best_here))
+            codes_here.masked_fill_(better, candidate + 1)
     return best, codes
 
 

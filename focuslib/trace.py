@@ -1,11 +1,15 @@
 """Sparse traces: what each vector of each GEMM site did, and the files an architecture simulator reads."""
 
+import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.ops import SITES
 from focuslib.similarity import ITSELF, ZERO, resolve_pointers
@@ -67,3 +71,30 @@ class Trace:
         partial = path.with_name(path.name + ".partial")
         torch.save(self.to_dict(), partial)
         partial.replace(path)
+
+    def save(self, path: Path) -> None:
+        """Write the native file (.npz, compressed, one byte a vector before compression) atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "grid": self.grid.to_dict(),
+            "frame_block": self.frame_block,
+            "block": self.block,
+            "max_doublings": self.max_doublings,
+        }
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            codes = {site: tensor.numpy() for site, tensor in self.codes.items()}
+            np.savez_compressed(file, meta=np.array(json.dumps(meta)), **codes)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Trace":
+        """Read a native file. Raises UserError if it is not one; never runs code from the file."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                meta = json.loads(str(data["meta"]))
+                codes = {site: torch.from_numpy(data[site]) for site in SITES}
+            grid = VisualGrid(**meta.pop("grid"))
+            return cls(grid, codes, **meta)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not a readable trace file ({error})") from error

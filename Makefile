@@ -1,0 +1,45 @@
+# make            lists the targets
+# make reproduce  runs every experiment of a profile (PROFILE=laptop) and writes results/<profile>/
+PROFILE ?= laptop
+PYTHON ?= python3
+
+# Inside an environment (venv or conda) install there; else make and use .venv.
+ifneq ($(strip $(VIRTUAL_ENV)$(CONDA_PREFIX)),)
+  ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+else
+  ENV := .venv
+endif
+BIN := $(ENV)/bin
+DONE := $(ENV)/.focuslib-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab bench report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(DONE): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+setup: $(DONE) ## install the package and its pinned dependencies (in .venv, or the active environment)
+
+reproduce: $(DONE) ## run the experiment notebooks: PROFILE=laptop (minutes, offline) or paper (GPU); ONLY=main for one
+	$(BIN)/focus reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
+
+test: $(DONE) ## run the tests
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lab: $(DONE) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+bench: $(DONE) ## measure the speed claims, each a ratio within one run
+	$(BIN)/python -m benchmarks.sic
+	$(BIN)/python -m benchmarks.cmc_search
+
+report: $(DONE) ## write the executed notebooks as HTML: results/<profile>/*.html
+	$(BIN)/jupyter nbconvert --to html --log-level WARN results/$(PROFILE)/*.ipynb
+
+clean: ## remove the computed results of the profile (not its tables)
+	rm -rf results/$(PROFILE)/cells results/$(PROFILE)/work

@@ -1,0 +1,155 @@
+"""What every VLM adapter offers: load a checkpoint, turn media and a prompt into inputs, say their visual grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from focuslib.errors import UserError
+from focuslib.grid import VisualGrid
+from focuslib.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
+from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
+
+# A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, or frames [F, H, W, 3] uint8.
+Media = str | Path | Image.Image | np.ndarray
+
+# The prompt around the user's words in the Qwen2 chat format, which all four published models use.
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass
+class Inputs:
+    """One prompt, ready for the model.
+
+    tensors: keyword arguments of the model's forward or generate. grid: where its visual tokens sit (None: no media).
+    """
+
+    tensors: dict[str, Tensor]
+    grid: VisualGrid | None
+
+
+class VLM:
+    """A loaded vision-language model. Subclasses implement `architecture` and `prepare`.
+
+    grid: the grid of the inputs that ran last or run now; the patch reads it.
+    generation: arguments of generate that this model's published evaluation keeps.
+    """
+
+    name: ClassVar[str]
+    checkpoint: ClassVar[str]  # the published checkpoint, a hub id
+    default_sampling: ClassVar[FrameSampling]
+    generation: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.grid: VisualGrid | None = None
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+        device_map: Any = None,
+        sampling: FrameSampling | None = None,
+        quantization: Any = None,
+        **options: Any,
+    ) -> VLM:
+        """Load a checkpoint folder or hub id.
+
+        dtype, device, device_map, quantization: see checkpoint.load_model. sampling: which frames of a video are seen.
+        options: of the family's `architecture`.
+        Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
+        """
+        folder = resolve_folder(pretrained)
+        architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
+        model = load_model(
+            folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=quantization
+        )
+        return cls(model, cls.load_tokenizer(folder), sampling or cls.default_sampling)
+
+    @classmethod
+    def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:
+        """How to build the model of a config.json. Raises UserError if it is of another family."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in a checkpoint folder; None if it has none (then only ready-made inputs can be run)."""
+        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+            return None
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def prepare(self, media: Media | None, prompt: str) -> Inputs:
+        """Inputs for one prompt about one video or image."""
+        raise NotImplementedError
+
+    def open(self, media: Media) -> Image.Image | np.ndarray:
+        """An RGB image, or the sampled frames of a video [F, H, W, 3] uint8."""
+        if isinstance(media, Image.Image):
+            return to_rgb(media)
+        if isinstance(media, (str, Path)):
+            return read_image(media) if is_image_file(media) else read_video(media, self.sampling)
+        array = np.asarray(media)
+        if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8 or array.size == 0:
+            raise UserError(
+                f"media of shape {array.shape} and type {array.dtype}; give frames [F, H, W, 3] or an image [H, W, 3], uint8"
+            )
+        return Image.fromarray(array) if array.ndim == 3 else array
+
+    def frames(self, media: Media) -> np.ndarray:
+        """As `open`, an image being a video of one frame: [F, H, W, 3] uint8."""
+        opened = self.open(media)
+        return np.asarray(opened)[None] if isinstance(opened, Image.Image) else opened
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a piece of the prompt, no special tokens added."""
+        if self.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer files; add them to its folder")
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def inputs_from_embeds(self, embeds: Tensor, grid: VisualGrid | None) -> Inputs:
+        """Inputs of ready-made embeddings [T, D]."""
+        mask = torch.ones((1, len(embeds)), dtype=torch.long, device=embeds.device)
+        return Inputs({"inputs_embeds": embeds[None], "attention_mask": mask}, grid)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: Inputs) -> Tensor:
+        """Run the prompt once, without a cache. Returns the logits [1, T, vocabulary] of the tokens that reach the end."""
+        self.grid = inputs.grid
+        return self.model(**inputs.tensors, use_cache=False).logits
+
+    @torch.inference_mode()
+    def generate_ids(self, inputs: Inputs, max_new_tokens: int = 16, **generation: Any) -> Tensor:
+        """Generate greedily (unless told otherwise): the new token ids [N] int64."""
+        self.grid = inputs.grid
+        prompt = inputs.tensors.get("input_ids")
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **self.generation, **generation}
+        ids = self.model.generate(**inputs.tensors, **settings)[0]
+        return ids if prompt is None else ids[prompt.shape[1] :]
+
+    def generate(self, media: Media | None, prompt: str, max_new_tokens: int = 16, **generation: Any) -> str:
+        """Answer a prompt about a video or an image (see Media)."""
+        ids = self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

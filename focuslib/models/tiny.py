@@ -1,0 +1,17 @@
+"""The embedded tiny VLM: a LLaVA-OneVision of about two million parameters that ships with the package."""
+
+from pathlib import Path
+
+import focuslib
+from focuslib.media import FrameSampling
+from focuslib.models.llava_onevision import LlavaOnevision
+
+CHECKPOINT = Path(focuslib.__file__).parent / "tiny" / "checkpoint"
+
+
+class TinyOnevision(LlavaOnevision):
+    """The embedded model: every frame of the embedded benchmark's clips (4 a second), at most 32, 6 × 6 tokens each."""
+
+    name = "tiny_onevision"
+    checkpoint = str(CHECKPOINT)
+    default_sampling = FrameSampling(max_frames=32, per_second=4)

@@ -1,0 +1,47 @@
+"""Run the experiment notebooks headlessly with papermill, their parameters checked first."""
+
+import os
+import sys
+from pathlib import Path
+
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from focuslib.errors import UserError
+from focuslib.params import project_root, read_params
+
+EXPERIMENTS = ("main",)
+
+
+def execute(experiment: str, profile: str) -> Path:
+    """Run notebooks/<experiment>.ipynb with params/<profile>/<experiment>.yaml; returns the executed copy.
+
+    The notebook's own progress goes to the terminal. Raises UserError for wrong parameters or a failed cell.
+    """
+    root = project_root()
+    source = root / "notebooks" / f"{experiment}.ipynb"
+    params_file = root / "params" / profile / f"{experiment}.yaml"
+    if not source.is_file():
+        raise UserError(f"{source}: no such notebook")
+    params = read_params(params_file)
+    known = set(papermill.inspect_notebook(str(source)))
+    if unknown := sorted(set(params) - known):
+        raise UserError(f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}")
+    target = root / "results" / profile / f"{experiment}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial.ipynb")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel start prints a debugger warning
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(partial),
+            parameters=params,
+            cwd=str(root),
+            kernel_name="python3",
+            progress_bar=False,
+            stderr_file=sys.stderr,
+        )
+    except PapermillExecutionError as error:
+        raise UserError(f"{source.name}: {error.ename}: {error.evalue} (partial notebook: {partial})") from error
+    partial.replace(target)
+    return target

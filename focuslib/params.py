@@ -1,0 +1,76 @@
+"""The parameter files: what a notebook takes, checked before anything runs, and the methods' hyper-parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from focuslib.errors import UserError, pick
+
+# The parameters of an experiment, and the types a YAML value may have.
+TYPES: dict[str, tuple[type, ...]] = {
+    "profile": (str,),
+    "models": (list,),
+    "checkpoints": (dict, type(None)),
+    "datasets": (list,),
+    "methods": (list,),
+    "limit": (int, type(None)),
+    "trace_samples": (int,),
+    "device": (str,),
+    "dtype": (str,),
+    "seed": (int,),
+}
+
+
+def project_root() -> Path:
+    """The project's folder: the first one upwards from the working directory that holds params/."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "params" / "methods.yaml").is_file():
+            return folder
+    raise UserError(f"{Path.cwd()}: not inside the project (no params/methods.yaml here or above); run from its folder")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises UserError naming the file and line."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such parameter file") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}:" if where else ""
+        raise UserError(f"{path}:{line} not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold names and values (name: value)")
+    return value
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The parameters of one notebook and profile, names and types checked."""
+    params = read_yaml(path)
+    try:
+        for name, value in params.items():
+            check_param(name, value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return params
+
+
+def check_param(name: str, value: Any) -> None:
+    """Refuse an unknown parameter or a value of the wrong type."""
+    types = pick(TYPES, name, "parameter")
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise UserError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
+    """The hyper-parameters of a method for a model and data set, from params/methods.yaml."""
+    path = path or project_root() / "params" / "methods.yaml"
+    settings: dict[str, Any] = {}
+    for entry in read_yaml(path).get(method) or []:
+        entry = dict(entry)
+        models, datasets = entry.pop("models", None), entry.pop("datasets", None)
+        if (models is None or model in models) and (datasets is None or dataset in datasets):
+            settings.update(entry)
+    return settings
