@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.methods.base import Method, Prefill, PrefillRecord
 from focuslib.ops import DecoderShape
@@ -39,7 +40,7 @@ class Run:
     def last(self) -> PrefillRecord:
         """The record of the latest prefill."""
         if not self.prefills:
-            raise ValueError("nothing was run inside the block yet")
+            raise UserError("nothing was run inside the block yet")
         return self.prefills[-1]
 
     @property
@@ -51,7 +52,7 @@ class Run:
     def trace(self) -> Trace:
         """The latest prefill's trace; the block must have been entered with trace=True."""
         if not self.last.codes:
-            raise ValueError(f"no trace was recorded; use {self.method.name}(vlm, trace=True)")
+            raise UserError(f"no trace was recorded; use {self.method.name}(vlm, trace=True)")
         codes = {site: torch.stack(layers) for site, layers in self.last.codes.items()}
         settings = self.method
         doublings = settings.max_doublings(self.last.grid.num_frames, self.last.grid.length)
@@ -64,7 +65,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
             return module
-    raise ValueError(
+    raise UserError(
         f"{type(model).__name__} has no decoder of the Llama/Qwen2 shape (self_attn.q_proj …, mlp.gate_proj …, two norms)"
     )
 
@@ -98,7 +99,7 @@ def install(method: Method, vlm, *, trace: bool = False) -> Iterator[Run]:
     """Install `method` on `vlm` and yield its Run; on leaving, also by an exception, the model is as it was.
 
     vlm: has `model` (a transformers model) and `grid` (the VisualGrid of the inputs it runs next, or None).
-    Raises RuntimeError if a method is installed already.
+    Raises UserError if a method is installed already, or the model has no such decoder.
     """
     decoder = find_decoder(vlm.model)
     patch = _Patch(method, vlm, decoder, Run(method), trace)
@@ -127,7 +128,7 @@ class _Patch:
         attentions = [layer.self_attn for layer in self.decoder.layers]
         active = next((_patches[a] for a in attentions if a in _patches), None)
         if active is not None:
-            raise RuntimeError(
+            raise UserError(
                 f"{active.method.name} is installed on this model already; leave its block before using {self.method.name}"
             )
         for attention in attentions:
@@ -162,12 +163,12 @@ class _Patch:
         if seen and tokens == 1:
             return
         if batch != 1:
-            raise ValueError(f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)")
+            raise UserError(f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)")
         if seen:
-            raise ValueError(f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass")
+            raise UserError(f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass")
         grid: VisualGrid | None = self.vlm.grid
         if grid is None or grid.stop > tokens:
-            raise ValueError(f"{self.method.name}: the prompt has no visual tokens; give a video or an image")
+            raise UserError(f"{self.method.name}: the prompt has no visual tokens; give a video or an image")
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
         self.method.begin(self.prefill, embeds[0])
 

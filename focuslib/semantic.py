@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from focuslib.errors import UserError
+
 
 def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) -> Tensor:
     """Softmax attention of some query rows, causal, without forming the full matrix.
@@ -24,12 +26,12 @@ def prompt_importance(queries: Tensor, keys: Tensor, start: int, count: int, sca
 
     queries: [H, T, d], keys: [H_kv, T, d], both after rotary embedding.
     start, count: the visual tokens occupy [start, start + count) of the sequence; text follows them.
-    Returns [count] float32. Raises ValueError if no text follows.
+    Returns [count] float32. Raises UserError if no text follows.
     """
     tokens = queries.shape[1]
     text = torch.arange(start + count, tokens, device=queries.device)
     if len(text) == 0:
-        raise ValueError("no text follows the visual tokens; prompt-guided pruning needs the question after them")
+        raise UserError("no text follows the visual tokens; prompt-guided pruning needs the question after them")
     probabilities = attention_rows(queries[:, text], keys, text, scaling)
     return probabilities[..., start : start + count].amax((0, 1))
 

@@ -26,10 +26,7 @@ def make_method(name: str, settings: dict[str, Any] | None = None) -> Method:
             values[key] = _convert(value, kind)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name}: {key}={value!r} is not {_describe(kind)}") from error
-    try:
-        return method(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return method(**values)
 
 
 def _convert(value: Any, kind: Any) -> Any:
