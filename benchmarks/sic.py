@@ -1,11 +1,11 @@
 """Time and memory of the SIC kernel against a dense formulation that materialises every candidate, in one run."""
 
 import multiprocessing
-import time
 
 import torch
 
 from focuslib.grid import VisualGrid
+from focuslib.measure import measure
 from focuslib.similarity import concentrate
 
 FRAMES, HEIGHT, WIDTH, CHANNELS, VECTOR, M_TILE, THRESHOLD = 64, 13, 14, 3584, 32, 1024, 0.9
@@ -52,35 +52,19 @@ def streaming(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, t
     return merged.values, (merged.codes > 0) & (merged.codes < 255)
 
 
-def peak_memory() -> float:
-    """Peak resident memory of this process since the last reset, MiB (Linux)."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-
-
-def reset_peak_memory() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def measure(kernel, share: float, pipe) -> None:
+def in_child(kernel, share: float, pipe) -> None:
     """In a process of its own: best of three times, and peak memory above what the input takes."""
     x, positions = video_like(share)
-    reset_peak_memory()
-    before = peak_memory()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        values, similar = kernel(x, positions)
-        times.append(time.perf_counter() - start)
-    peak = peak_memory() - before
-    pipe.send((min(times), peak, float(similar.float().mean()), float(values.double().sum())))
+    values, similar = kernel(x, positions)
+    checks = float(similar.float().mean()), float(values.double().sum())
+    del values, similar
+    pipe.send((*measure(lambda: kernel(x, positions), 3, x.device), *checks))
 
 
 def in_process(kernel, share: float) -> tuple[float, float, float, float]:
     """Seconds, MiB, share of similar vectors and a checksum of one kernel."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(kernel, share, there))
+    process = multiprocessing.get_context("spawn").Process(target=in_child, args=(kernel, share, there))
     process.start()
     result = here.recv()
     process.join()

@@ -26,26 +26,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="focus", description="Token concentration for vision-language models.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", default="tiny_onevision", help="adapter name (default %(default)s)")
+    shared.add_argument("--checkpoint", help="checkpoint folder or hub id (default: the adapter's published one)")
+    shared.add_argument("--method", default="focus", help="dense, focus, … (default %(default)s)")
+    shared.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method")
+    shared.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
+    shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default %(default)s)")
+    shared.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default)")
+    shared.add_argument("--seed", type=int, default=0)
+
     run = commands.add_parser(
         "run",
+        parents=[shared],
         help="score one method on one data set, and record its trace",
         description="Score one method on one data set through lmms-eval. Answered questions are kept: a run that was "
         "stopped goes on where it was. Hyper-parameters come from params/methods.yaml; --set replaces them.",
         epilog="example: focus run --model tiny_onevision --task tinyvideo_motion --method focus --limit 50 "
         "--set similarity_threshold=0.85 --set selected_layers=2,4,6 --set retention=.4,.2,.1",
     )
-    run.add_argument("--model", default="tiny_onevision", help="adapter name (default %(default)s)")
-    run.add_argument("--checkpoint", help="checkpoint folder or hub id (default: the adapter's published one)")
     run.add_argument("--task", required=True, help="data set, such as tinyvideo_motion or videomme")
-    run.add_argument("--method", default="focus", help="dense, focus, … (default %(default)s)")
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method")
-    run.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     run.add_argument("--trace-dir", type=Path, help="also write the median question's trace here (.pth)")
     run.add_argument("--out", type=Path, default=Path("results/run"), help="folder of results (default %(default)s)")
-    run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default %(default)s)")
-    run.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default)")
-    run.add_argument("--seed", type=int, default=0)
     run.set_defaults(run=_run)
+
+    tune = commands.add_parser(
+        "tune",
+        parents=[shared],
+        help="choose a method's settings on a tune split",
+        description="Score a grid of settings, or bisect one setting to a target computation sparsity.",
+        epilog="examples: focus tune --method focus --task tinyvideo_motion_tune --grid similarity_threshold=.8,.9 "
+        "--grid retention=.5:.4:.3:.2:.1,.4:.3:.2:.15:.1 · focus tune --method cmc --task tinyvideo_motion_tune "
+        "--bisect linear_threshold=0.1,2 --target-sparsity 70",
+    )
+    tune.add_argument("--task", action="append", required=True, help="data set; give several to average over them")
+    choice = tune.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--grid", action="append", metavar="NAME=A,B,C", help="values to try; lists are written 1:3:5")
+    choice.add_argument("--bisect", metavar="NAME=LOW,HIGH", help="one setting to bisect")
+    tune.add_argument("--target-sparsity", type=float, help="computation sparsity in percent, with --bisect")
+    tune.add_argument("--tolerance", type=float, default=2.0, help="points that may be lost to dense (default %(default)s)")
+    tune.add_argument("--out", type=Path, default=Path("results/tune"), help="folder of results (default %(default)s)")
+    tune.set_defaults(run=_tune)
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -69,25 +90,9 @@ def _run(options: argparse.Namespace) -> int:
     from focuslib.experiments import make_cell, run_cells
     from focuslib.report import comparison_table
 
-    settings = {}
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set {text}: write NAME=VALUE, such as similarity_threshold=0.9")
-        settings[name] = value
+    settings = dict(_assignment(text, "--set") for text in options.set)
     cells = [
-        make_cell(
-            kind,
-            options.model,
-            options.task,
-            options.method,
-            limit=options.limit,
-            device=options.device,
-            dtype=options.dtype,
-            seed=options.seed,
-            checkpoint=options.checkpoint,
-            settings=settings,
-        )
+        make_cell(kind, dataset=options.task, method=options.method, settings=settings, **_common(options))
         for kind in (["accuracy", "trace"] if options.trace_dir else ["accuracy"])
     ]
     outcome = run_cells("run", cells, options.out, options.trace_dir)
@@ -97,6 +102,47 @@ def _run(options: argparse.Namespace) -> int:
         print(table.round(2).to_string(index=False))
     unreadable = any(result.failures for result in outcome.results)
     return 1 if outcome.failed or unreadable else 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from focuslib.tune import best_row, bisect_sparsity, grid_search
+
+    common = _common(options)
+    if options.grid:
+        if options.set:
+            raise UserError("--set goes with --bisect; with --grid give the value as a grid of one")
+        grid = {name: values.split(",") for name, values in (_assignment(text, "--grid") for text in options.grid)}
+        table = grid_search(options.method, grid, options.task, common, options.out)
+        best = best_row(table, options.tolerance)
+        said = f"sparsest within {options.tolerance} points of dense" if best["Difference"] >= -options.tolerance else "best"
+    else:
+        if options.target_sparsity is None:
+            raise UserError("--bisect needs --target-sparsity, such as --target-sparsity 70")
+        name, bounds = _assignment(options.bisect, "--bisect")
+        try:
+            low, high = map(float, bounds.split(","))
+        except ValueError:
+            raise UserError(f"--bisect {options.bisect}: write NAME=LOW,HIGH with two numbers") from None
+        fixed = dict(_assignment(text, "--set") for text in options.set)
+        table = bisect_sparsity(
+            options.method, name, low, high, options.target_sparsity, fixed, options.task, common, options.out
+        )
+        best, said = table.iloc[0], f"closest to {options.target_sparsity} %"
+    print(table.to_string(index=False, float_format="%.4g"))
+    print(f"{said}: " + ", ".join(f"{name} {value}" for name, value in best.items()))
+    return 0
+
+
+def _common(options: argparse.Namespace) -> dict:
+    """The arguments of make_cell that `run` and `tune` share."""
+    return {name: getattr(options, name) for name in ("model", "checkpoint", "limit", "device", "dtype", "seed")}
+
+
+def _assignment(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{option} {text}: write NAME=VALUE, such as similarity_threshold=0.9")
+    return name, value
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -22,6 +23,10 @@ from focuslib.models import MODELS, VLM
 from focuslib.ops import SITES
 from focuslib.patch import Run
 from focuslib.tasks.datasets import DATASETS, Dataset
+
+if TYPE_CHECKING:
+    from lmms_eval.api.task import Task
+    from lmms_eval.tasks import TaskManager
 
 # Generation arguments of the tasks that a greedy decoder understands; the others (temperature, beams) are left out.
 _GENERATION = ("max_new_tokens",)
@@ -173,10 +178,12 @@ def evaluate(
 
     log = Journal(journal) if journal else None
     model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
+    manager, tasks = _load_tasks(dataset, vlm.name)
     try:
         outcome = simple_evaluate(
             model=model,
-            tasks=_load_tasks(dataset, vlm.name),
+            tasks=tasks,
+            task_manager=manager,
             limit=limit,
             log_samples=True,
             bootstrap_iters=0,
@@ -206,26 +213,22 @@ def evaluate(
 
 def question(dataset: str, model_name: str, number: int) -> tuple[Any, str]:
     """The media and the prompt of one question of a data set's first task."""
-    task = _load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[0]
+    task = _load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1][0]
     doc = task.eval_docs[number]
     return task.doc_to_visual(doc)[0], task.doc_to_text(doc)
 
 
-_tasks: dict[tuple[str, str], list] = {}  # loading takes seconds, so every method of a run shares the loaded tasks
+@cache
+def _load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Task]]:
+    """A data set's tasks with the prompts lmms-eval has for the model. Loading takes seconds, so runs share it."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    include = [str(dataset.include_path)] if dataset.include_path else None
+    manager = TaskManager("ERROR", include_path=include, include_defaults=include is None, model_name=model_name)
+    return manager, list(_leaves(get_task_dict(list(dataset.tasks), manager, "simple")))
 
 
-def _load_tasks(dataset: Dataset, model_name: str) -> list:
-    key = (dataset.name, model_name)
-    if key not in _tasks:
-        from lmms_eval.tasks import TaskManager, get_task_dict
-
-        include = [str(dataset.include_path)] if dataset.include_path else None
-        manager = TaskManager("ERROR", include_path=include, include_defaults=include is None, model_name=model_name)
-        _tasks[key] = list(_leaves(get_task_dict(list(dataset.tasks), manager, "simple")))
-    return _tasks[key]
-
-
-def _leaves(tasks: dict) -> Any:
+def _leaves(tasks: dict) -> Iterator[Task]:
     """The task objects of a (possibly nested) task dictionary."""
     for task in tasks.values():
         if isinstance(task, dict):

@@ -43,7 +43,8 @@ _HASHED_BYTES = 64 << 20
 class Cell:
     """One independent piece of an experiment.
 
-    kind: "accuracy" scores the method; "trace" runs the first `limit` questions and keeps the median sample's trace.
+    kind: "accuracy" scores the method, "matched" does at settings of equal computation sparsity, "sparsity" asks only
+        the first questions, "trace" does too and keeps the median sample's trace.
     settings: every hyper-parameter of the method. limit: questions a task, None for all.
     checkpoint: a folder or hub id, None for the adapter's published one.
     """
@@ -110,7 +111,7 @@ class Outcome:
 
 
 def make_cell(
-    kind: str, model: str, dataset: str, method: str, *, limit: int | None, device: str, dtype: str, seed: int,
+    kind: str, *, model: str, dataset: str, method: str, limit: int | None, device: str, dtype: str, seed: int,
     checkpoint: str | None = None, settings: dict[str, Any] | None = None,
 ) -> Cell:  # fmt: skip
     """A cell with all names checked. settings: replace those of params/methods.yaml."""
@@ -122,20 +123,46 @@ def make_cell(
 
 def run_main(**params: Any) -> Outcome:
     """The main experiment: accuracy of every method, and the traces of Focus. Parameters: see params/*/main.yaml."""
+    cells = []
+    for common in _pairs(params):
+        for method in params["methods"]:
+            cells.append(make_cell("accuracy", method=method, limit=params["limit"], **common))
+        if "focus" in params["methods"]:
+            cells.append(make_cell("trace", method="focus", limit=params["trace_samples"], **common))
+    folder = results_folder(params["profile"])
+    return run_cells("main", cells, folder, folder / "focus_main")
+
+
+def run_baselines(**params: Any) -> Outcome:
+    """All methods on the same questions, and the sparsity of AdapTiV and CMC over the first ones.
+
+    Parameters: see params/*/baselines.yaml. matched: method → settings for a second comparison, at equal sparsity.
+    """
+    cells = []
+    for common in _pairs(params):
+        for method in params["methods"]:
+            cells.append(make_cell("accuracy", method=method, limit=params["limit"], **common))
+            if method in ("adaptiv", "cmc"):
+                cells.append(make_cell("sparsity", method=method, limit=params["trace_samples"], **common))
+        for method, settings in (params["matched"] or {}).items():
+            cells.append(make_cell("matched", method=method, settings=settings, limit=params["limit"], **common))
+    return run_cells("baselines", cells, results_folder(params["profile"]))
+
+
+def results_folder(profile: str) -> Path:
+    """Where a profile's results are."""
+    return project_root() / "results" / profile
+
+
+def _pairs(params: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """What all cells of a (model, data set) pair have in common, pair by pair; the parameters are checked first."""
     for name, value in params.items():
         check_param(name, value)
-    common = {key: params[key] for key in ("device", "dtype", "seed")}
-    pairs = [(model, dataset) for model in params["models"] for dataset in params["datasets"]]
-    checkpoints = params.get("checkpoints") or {}
-    cells = []
-    for model, dataset in pairs:
-        common["checkpoint"] = checkpoints.get(model)
-        for method in params["methods"]:
-            cells.append(make_cell("accuracy", model, dataset, method, limit=params["limit"], **common))
-        if "focus" in params["methods"]:
-            cells.append(make_cell("trace", model, dataset, "focus", limit=params["trace_samples"], **common))
-    folder = project_root() / "results" / params["profile"]
-    return run_cells("main", cells, folder, folder / "focus_main")
+    for model in params["models"]:
+        for dataset in params["datasets"]:
+            common = {key: params[key] for key in ("device", "dtype", "seed")}
+            checkpoint = (params["checkpoints"] or {}).get(model)
+            yield {"model": model, "dataset": dataset, "checkpoint": checkpoint, **common}
 
 
 def run_cells(experiment: str, cells: Iterable[Cell], folder: Path, trace_folder: Path | None = None) -> Outcome:

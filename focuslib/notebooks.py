@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from focuslib.errors import UserError
 from focuslib.params import project_root, read_params
 
-EXPERIMENTS = ("main",)
+EXPERIMENTS = ("main", "baselines")
 
 
 def execute(experiment: str, profile: str) -> Path:
@@ -43,5 +44,15 @@ def execute(experiment: str, profile: str) -> Path:
         )
     except PapermillExecutionError as error:
         raise UserError(f"{source.name}: {error.ename}: {error.evalue} (partial notebook: {partial})") from error
+    _drop_progress(partial)
     partial.replace(target)
     return target
+
+
+def _drop_progress(path: Path) -> None:
+    """Take the progress bars, thousands of lines, out of an executed notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(notebook, path)

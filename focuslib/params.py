@@ -16,6 +16,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "methods": (list,),
     "limit": (int, type(None)),
     "trace_samples": (int,),
+    "matched": (dict, type(None)),
     "device": (str,),
     "dtype": (str,),
     "seed": (int,),

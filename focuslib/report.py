@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from focuslib.errors import UserError
 from focuslib.experiments import CellResult, collect
+from focuslib.measure import measure
 from focuslib.methods.settings import make_method
 from focuslib.ops import SITES
 
@@ -27,6 +28,7 @@ ACCURACY_COLUMNS = {
     "int8_dense": "INT8_Dense",
     "int8_focus": "INT8_Focus",
 }
+CMC_SPARSITIES = ("linear_sparsity", "query_sparsity", "attn_score_sparsity")
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
@@ -45,16 +47,16 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return float(values.mean()), float(half)
 
 
-def comparison_table(results: list[CellResult]) -> pd.DataFrame:
-    """One row a (model, data set, method): accuracy with its interval, difference to dense, sparsity, tokens, cost.
+def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.DataFrame:
+    """One row a (model, data set, method): accuracy with its interval, difference to dense, sparsity, tokens kept.
 
     Difference: mean and 95 % half width over the same questions (paired), in points; empty for dense.
     """
     rows = []
-    dense = {(r.cell.model, r.cell.dataset): r for r in results if r.cell.kind == "accuracy" and r.cell.method == "dense"}
+    dense = _dense(results)
     for result in results:
         cell = result.cell
-        if cell.kind != "accuracy":
+        if cell.kind != kind:
             continue
         scores = [sample["score"] for sample in result.samples]
         low, high = proportion_interval(sum(scores), len(scores))
@@ -65,6 +67,7 @@ def comparison_table(results: list[CellResult]) -> pd.DataFrame:
             "Method": cell.method,
             "Questions": len(scores),
             "Score": result.score,
+            "Right": 100 * float(np.mean(scores)),
             "Low": 100 * low,
             "High": 100 * high,
             "Computation sparsity": 100 * sparsity,
@@ -99,6 +102,20 @@ def accuracy_table(results: list[CellResult]) -> pd.DataFrame:
     )
 
 
+def sparsity_table(results: list[CellResult], method: str, columns: dict[str, str]) -> pd.DataFrame:
+    """adaptiv_sparsity.csv and cmc_sparsity.csv: means over the first questions of each (model, data set).
+
+    columns: name of the method's statistic → column.
+    """
+    rows = [
+        {"Model": r.cell.model, "Dataset": r.cell.dataset}
+        | {column: mean_interval(s["stats"][name] for s in _read(r))[0] for name, column in columns.items()}
+        for r in results
+        if r.cell.kind == "sparsity" and r.cell.method == method
+    ]
+    return pd.DataFrame(rows, columns=["Model", "Dataset", *columns.values()])
+
+
 def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
     """meta_data.csv: the geometry of the sample whose trace was written."""
     rows = []
@@ -121,9 +138,17 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
 def write_tables(folder: Path) -> None:
     """Write every CSV that the results in a folder allow."""
     results = collect(folder)
-    for name, table in (("accuracy", accuracy_table(results)), ("meta_data", meta_data_table(results))):
-        write_csv(table, folder / f"{name}.csv")
-    write_csv(comparison_table(results).round(2), folder / "comparison.csv")
+    tables = {
+        "accuracy": accuracy_table(results),
+        "meta_data": meta_data_table(results),
+        "adaptiv_sparsity": sparsity_table(results, "adaptiv", {"sparsity": "Sparsity"}),
+        "cmc_sparsity": sparsity_table(results, "cmc", {name: name for name in CMC_SPARSITIES}),
+        "comparison": comparison_table(results).round(2),
+        "comparison_matched": comparison_table(results, "matched").round(2),
+    }
+    for name, table in tables.items():
+        if not table.empty:
+            write_csv(table, folder / f"{name}.csv")
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -207,6 +232,104 @@ def kept_tokens_figure(frames: np.ndarray, grid, kept: dict[int, np.ndarray], ti
         line[0].set_ylabel(f"{label}\n{len(positions)} tokens", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def mcnemar(base: CellResult, other: CellResult) -> tuple[int, int, float]:
+    """Questions only `base` got right, only `other` got right, and the exact two-sided McNemar p-value."""
+    scores = {(s["task"], s["doc_id"]): s["score"] > 0.5 for s in base.samples}
+    pairs = [(scores[s["task"], s["doc_id"]], s["score"] > 0.5) for s in other.samples if (s["task"], s["doc_id"]) in scores]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won)
+    return lost, won, min(1.0, 2 * tail)
+
+
+def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFrame:
+    """Every other method against one, question by question: difference with its interval, exact McNemar test."""
+    accuracy = [r for r in results if r.cell.kind == "accuracy"]
+    base = {(r.cell.model, r.cell.dataset): r for r in accuracy if r.cell.method == against}
+    rows = []
+    for result in accuracy:
+        key = (result.cell.model, result.cell.dataset)
+        if result.cell.method == against or key not in base:
+            continue
+        difference, half = paired_difference(base[key], result)
+        lost, won, p = mcnemar(base[key], result)
+        rows.append({
+            "Model": key[0], "Dataset": key[1], "Method": result.cell.method, f"Minus {against}": 100 * difference,
+            "±": 100 * half, f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def layout_of_table_two(results: list[CellResult], root: Path) -> pd.DataFrame:
+    """The paper's Table II: methods in columns, score and computation sparsity in rows, published figures beside."""
+    ours = comparison_table(results)
+    theirs = published(root)
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    for _, row in ours.iterrows():
+        for kind, column in (("score", "Score"), ("sparsity", "Computation sparsity")):
+            rows.setdefault((row["Model"], row["Dataset"], kind), {})[row["Method"]] = row[column]
+    for _, row in theirs.iterrows():
+        for kind, column in (("score", "accuracy"), ("sparsity", "sparsity")):
+            key = (row["model"], row["dataset"], kind)
+            if key in rows and row["method"] in rows[key]:
+                rows[key][f"{row['method']} (published)"] = row[column]
+    return pd.DataFrame([{"Model": m, "Dataset": d, "": kind, **v} for (m, d, kind), v in rows.items()])
+
+
+def trade_off_figure(results: list[CellResult]) -> Figure:
+    """Score against computation sparsity with 95 % intervals, one panel a data set."""
+    table = comparison_table(results)
+    panels = list(table.groupby(["Model", "Dataset"], sort=False))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels), 3.2), squeeze=False, sharex=True, layout="constrained"
+    )
+    methods = list(dict.fromkeys(table["Method"]))
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
+    for axis, ((model, dataset), rows) in zip(axes[0], panels, strict=True):
+        for marker, (_, row) in zip("osD^v<>P", rows.iterrows(), strict=False):
+            spread = [[row["Right"] - row["Low"]], [row["High"] - row["Right"]]]
+            axis.errorbar(
+                row["Computation sparsity"], row["Right"], xerr=row["Sparsity ±"], yerr=spread, fmt=marker, color=colours[row["Method"]], label=row["Method"], capsize=3,
+            )  # fmt: skip
+        axis.set_title(f"{model}\n{dataset}", fontsize=9)
+        axis.set_xlabel("computation sparsity (%)")
+    axes[0][0].set_ylabel("right answers (%), 95 % interval")
+    axes[0][-1].legend(fontsize=8)
+    return figure
+
+
+def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
+    """Measured prefill time and peak memory of each method on the first question, beside its operation count.
+
+    The methods here emulate the savings of an accelerator; this table says what the emulation itself costs.
+    Time: the shortest of `repeats` prefills. Memory: above what the loaded model takes.
+    """
+    from focuslib.evaluate import load_vlm, question
+
+    rows, vlm, loaded = [], None, None
+    for result in results:
+        cell = result.cell
+        if cell.kind != "accuracy":
+            continue
+        if loaded != (cell.model, cell.checkpoint):
+            vlm = load_vlm(cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype)
+            loaded = (cell.model, cell.checkpoint)
+        inputs = vlm.prepare(*question(cell.dataset, vlm.name, 0))
+        with make_method(cell.method, cell.settings)(vlm) as run:
+            vlm.prefill(inputs)  # warms up
+            seconds, mebibytes = measure(lambda inputs=inputs, vlm=vlm: vlm.prefill(inputs), repeats, vlm.device)
+        rows.append({
+            "Model": cell.model, "Dataset": cell.dataset, "Method": cell.method,
+            "Operations left (%)": 100 * (1 - run.sparsity), "Prefill (ms)": 1000 * seconds, "Peak memory (MiB)": mebibytes,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _dense(results: list[CellResult]) -> dict[tuple[str, str], CellResult]:
+    """The dense result of each (model, data set)."""
+    chosen = [r for r in results if r.cell.kind == "accuracy" and r.cell.method == "dense"]
+    return {(r.cell.model, r.cell.dataset): r for r in chosen}
 
 
 def _focus(results: list[CellResult]) -> list[CellResult]:

@@ -12,7 +12,7 @@ from focuslib.experiments import collect, make_cell, median_index, read_result, 
 from focuslib.models import TinyOnevision
 from focuslib.ops import SITES
 
-COMMON = {"device": "cpu", "dtype": "float32", "seed": 0}
+COMMON = {"model": "tiny_onevision", "dataset": "tinyvideo_motion", "limit": 3, "device": "cpu", "dtype": "float32", "seed": 0}
 SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_size": 16, "m_tile": 64}
 
 
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def cells(checkpoint):
     make = lambda kind, method, **settings: make_cell(  # noqa: E731
-        kind, "tiny_onevision", "tinyvideo_motion", method, limit=3, checkpoint=checkpoint, settings=settings, **COMMON
+        kind, method=method, checkpoint=checkpoint, settings=settings, **COMMON
     )
     return [make("accuracy", "dense"), make("accuracy", "focus", **SMALL), make("trace", "focus", **SMALL)]
 
@@ -121,9 +121,7 @@ def test_tables_have_the_published_columns(cells, tmp_path):
 
 
 def test_a_failing_cell_does_not_stop_the_others(cells, tmp_path):
-    missing = make_cell(
-        "accuracy", "tiny_onevision", "tinyvideo_motion", "dense", limit=3, checkpoint=str(tmp_path / "no"), **COMMON
-    )
+    missing = make_cell("accuracy", method="dense", checkpoint=str(tmp_path / "no"), **COMMON)
     outcome = run_cells("main", [missing, cells[0]], tmp_path)
     assert len(outcome.results) == 1
     (reason,) = outcome.failed.values()
@@ -152,10 +150,8 @@ def test_an_unreadable_video_is_one_recorded_failure(cells, tmp_path, monkeypatc
 def test_a_result_names_everything_that_decides_it(cells, tmp_path):
     dense, focus, trace = cells
     assert len({cell.name() for cell in cells}) == 3
-    other = make_cell(
-        "accuracy", "tiny_onevision", "tinyvideo_motion", "focus", limit=3, checkpoint=focus.checkpoint,
-        settings={**SMALL, "similarity_threshold": 0.8}, **COMMON,
-    )  # fmt: skip
+    settings = {**SMALL, "similarity_threshold": 0.8}
+    other = make_cell("accuracy", method="focus", checkpoint=focus.checkpoint, settings=settings, **COMMON)
     assert other.name() != focus.name()
     run_cells("main", [dense], tmp_path)
     stored = read_result(tmp_path / "cells" / f"{dense.name()}.json")
@@ -187,7 +183,7 @@ RUN = ("run", "--task", "tinyvideo_motion")
         ((*RUN, "--set", "retention=.5"), "selected_layers has 5 entries and retention 1"),
         ((*RUN, "--set", "similarity_threshold=-1"), "similarity_threshold -1.0 must not be negative"),
         ((*RUN, "--set", "m_tile"), "--set m_tile: write NAME=VALUE"),
-        (("reproduce", "--only", "mian"), "unknown notebook 'mian'; one of main"),
+        (("reproduce", "--only", "mian"), "unknown notebook 'mian'; one of main, baselines"),
         (("reproduce", "--profile", "desktop"), "no such parameter file"),
     ],
 )
