@@ -62,7 +62,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: upright (EXIF), the first frame of an animation, transparency on white, 16 bits scaled."""
+    """Any image as 8-bit RGB: upright (EXIF), an animation's first frame, white for transparency, 16 bits scaled."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
@@ -79,8 +79,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
     """The sampled frames of a video file, or of a folder of frames in the order of their names.
 
-    Returns [F, H, W, 3] uint8 RGB, upright. Decodes only what lies between a wanted frame and the key frame before it, and
-    keeps only wanted frames. Raises UserError if the video cannot be read.
+    Returns [F, H, W, 3] uint8 RGB, upright. Decodes only what lies between a wanted frame and the key frame before
+    it, and keeps only wanted frames. Raises UserError if the video cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -125,19 +125,27 @@ class _Packets:
     seekable: bool
 
 
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The stream that holds the film, not a cover picture."""
+    return container.streams.best("video")
+
+
 def _list_packets(path: Path) -> _Packets:
     times: list[int] = []
     key_times: list[int] = []
-    count = without_time = 0
+    count = without_time = cut = 0
     with av.open(str(path)) as container:
-        if not container.streams.video:
+        stream = _video_stream(container)
+        if stream is None:
             raise UserError(f"{path}: has no video stream")
-        stream = container.streams.video[0]
         announced, fps = stream.frames, float(stream.average_rate or stream.guessed_rate or 1)
         for packet in container.demux(stream):
-            if packet.size == 0:  # the flush packet at the end
+            if packet.dts is None and packet.size == 0:  # the flush packet at the end
                 continue
             count += 1
+            if packet.size == 0:  # "as before", in AVI files
+                continue
+            cut += packet.is_corrupt
             if packet.is_discard:  # outside the edit list: decoded, never shown
                 continue
             if packet.pts is None:
@@ -148,8 +156,8 @@ def _list_packets(path: Path) -> _Packets:
                 key_times.append(packet.pts)
     if count == 0:
         raise UserError(f"{path}: has no frames")
-    if count < announced:
-        raise UserError(f"{path}: truncated, {announced} frames announced and {count} found")
+    if count - cut < announced:
+        raise UserError(f"{path}: truncated, {announced} frames announced and {count - cut} found whole")
     if without_time:
         return _Packets(list(range(len(times) + without_time)), [], fps, False)
     times.sort()
@@ -164,7 +172,7 @@ def _decode_seeking(path: Path, packets: _Packets, wanted: list[int]) -> dict[in
         return None
     frames: dict[int, np.ndarray] = {}
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream = _video_stream(container)
         stream.thread_type = "AUTO"
         decoder: Iterator[av.VideoFrame] = container.decode(stream)
         position = packets.times[0]  # display time of the frame that the decoder gives next, or an earlier one
@@ -186,7 +194,7 @@ def _decode_all(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
     """Frame number → pixels of the wanted frames, decoding from the start to the last of them."""
     frames = {}
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream = _video_stream(container)
         stream.thread_type = "AUTO"
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:

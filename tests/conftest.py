@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of a hub clien
 import numpy as np
 import pytest
 
+import focuslib  # noqa: F401  before any test imports a class of transformers that imports torchvision
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

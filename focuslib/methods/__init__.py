@@ -1,8 +1,11 @@
 """The methods, by name. A new method is one file here and one entry below."""
 
+from focuslib.methods.adaptiv import Adaptiv
 from focuslib.methods.base import Dense, Method, Prefill, PrefillRecord
+from focuslib.methods.cmc import Cmc
 from focuslib.methods.focus import Focus
+from focuslib.methods.framefusion import FrameFusion
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Focus)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Focus, FrameFusion, Adaptiv, Cmc)}
 
-__all__ = ["METHODS", "Dense", "Focus", "Method", "Prefill", "PrefillRecord"]
+__all__ = ["METHODS", "Adaptiv", "Cmc", "Dense", "Focus", "FrameFusion", "Method", "Prefill", "PrefillRecord"]

@@ -25,7 +25,7 @@ class PrefillRecord:
     retained: visual tokens each layer's MLP sees. kept: layer → their positions after a drop at that layer ([k] int64, CPU).
     counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
     codes: site → one [S, V] uint8 tensor a layer (see trace.Trace), only when a trace was asked for.
-    stats: further numbers of the method, by name.
+    stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
     """
 
     grid: VisualGrid
@@ -35,6 +35,7 @@ class PrefillRecord:
     counts: Counts = None
     codes: dict[str, list[Tensor]] = field(default_factory=dict)
     stats: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         self.counts = Counts(self.grid.length)

@@ -57,7 +57,7 @@ class VLM:
     @classmethod
     def load(
         cls,
-        pretrained: str,
+        pretrained: str | Path,
         *,
         dtype: torch.dtype | str = "auto",
         device: str = "cpu",
@@ -114,7 +114,8 @@ class VLM:
         array = np.asarray(media)
         if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8 or array.size == 0:
             raise UserError(
-                f"media of shape {array.shape} and type {array.dtype}; give frames [F, H, W, 3] or an image [H, W, 3], uint8"
+                f"media of shape {array.shape} and type {array.dtype}; "
+                "give frames [F, H, W, 3] or an image [H, W, 3], uint8"
             )
         return Image.fromarray(array) if array.ndim == 3 else array
 
@@ -136,7 +137,7 @@ class VLM:
 
     @torch.inference_mode()
     def prefill(self, inputs: Inputs) -> Tensor:
-        """Run the prompt once, without a cache. Returns the logits [1, T, vocabulary] of the tokens that reach the end."""
+        """Run the prompt once, without a cache: the logits [1, T, vocabulary] of the tokens that reach the end."""
         self.grid = inputs.grid
         return self.model(**inputs.tensors, use_cache=False).logits
 

@@ -1,4 +1,4 @@
-"""Find a checkpoint and load it shard by shard: a local folder, or a hub id that is in the cache or can be downloaded."""
+"""Find a checkpoint (a local folder, or a hub id that is cached or can be downloaded) and load it shard by shard."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass
 class Architecture:
-    """How to build a checkpoint's model: its class, its configuration, and checkpoint name → parameter name patterns."""
+    """How to build a checkpoint's model: class, configuration, and patterns of checkpoint name → parameter name."""
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
@@ -59,11 +59,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_shards(folder: Path) -> None:
     """Refuse a checkpoint folder with a missing or half-downloaded weight file. Reads the files' headers only."""
     index = folder / INDEX
+    names = {"model.safetensors"}
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+        names = set(read_json(index).get("weight_map", {}).values())
+    for name in sorted(names):
         path = folder / name
         if not path.is_file():
             why = f"named in {INDEX} but missing" if index.is_file() else "missing"
@@ -140,5 +139,7 @@ def _no_load_report() -> Iterator[None]:
 
 def qwen2_config(raw: dict[str, Any]) -> Qwen2Config:
     """The language model's configuration from a flat config.json that also describes a vision tower."""
-    known = (set(Qwen2Config().to_dict()) | {"rope_theta", "rope_scaling"}) - {"model_type", "architectures"}
+    known = (set(Qwen2Config().to_dict()) | {"rope_theta"}) - {"model_type", "architectures"}
+    if raw.get("rope_scaling") is not None:
+        known.add("rope_scaling")
     return Qwen2Config(**{key: value for key, value in raw.items() if key in known})

@@ -20,7 +20,7 @@ from focuslib.grid import VisualGrid
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config
 
-# Original (lmms-lab) parameter names → transformers names. The order of the patterns does not matter: they exclude each other.
+# Original (lmms-lab) parameter names → transformers names. The patterns exclude each other, so their order is free.
 KEY_MAPPING = {
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
@@ -50,7 +50,9 @@ class Llava(VLM):
     stock_layout: ClassVar[bool]
 
     @classmethod
-    def architecture(cls, folder: Path, raw: dict[str, Any], vision_config: dict[str, Any] | None = None) -> Architecture:
+    def architecture(
+        cls, folder: Path, raw: dict[str, Any], vision_config: dict[str, Any] | None = None
+    ) -> Architecture:
         """The stock model, from the original layout or (LLaVA-OneVision) the transformers one.
 
         vision_config: the tower's dimensions, for an original checkpoint whose tower is not SigLIP so400m.
@@ -97,7 +99,7 @@ class Llava(VLM):
         return self.assemble_ids(before, features, after, len(opened))
 
     def pixel_values(self, frames: np.ndarray) -> Tensor:
-        """Frames [F, H, W, 3] uint8 → [F, 3, side, side] in [−1, 1]: bicubic resize without keeping the aspect ratio."""
+        """Frames [F, H, W, 3] uint8 → [F, 3, side, side] in [−1, 1]: bicubic, without keeping the aspect ratio."""
         side = self.model.config.vision_config.image_size
         if frames.shape[1:3] != (side, side):
             resized = [Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC) for frame in frames]
@@ -106,7 +108,7 @@ class Llava(VLM):
         return (pixels - 0.5) / 0.5
 
     def image_tiles(self, image: Image.Image) -> Tensor:
-        """An RGB image → [1 + tiles, 3, side, side] in [−1, 1]: the whole image, then the tiles of the best resolution."""
+        """An RGB image → [1 + tiles, 3, side, side] in [−1, 1]: the whole image, then tiles of the best resolution."""
         side = self.model.config.vision_config.image_size
         half = [0.5, 0.5, 0.5]
         processor = LlavaOnevisionImageProcessorPil(
@@ -160,7 +162,9 @@ class Llava(VLM):
         return self._around(before, features, after, grid)
 
     @torch.inference_mode()
-    def assemble_image_ids(self, before: list[int], features: Tensor, after: list[int], size: tuple[int, int]) -> Inputs:
+    def assemble_image_ids(
+        self, before: list[int], features: Tensor, after: list[int], size: tuple[int, int]
+    ) -> Inputs:
         """Embed the text (token ids) around the features of an image of `size` (height, width)."""
         return self._around(before, features, after, self.image_grid(len(before), size))
 
@@ -178,12 +182,12 @@ def original_config(folder: Path, raw: dict[str, Any], vision: dict[str, Any]) -
     The original drops the tower's last layer and takes the hidden state before the final norm.
     """
     if "image_grid_pinpoints" not in raw:
-        raise UserError(f"{folder / 'config.json'}: has no image_grid_pinpoints; not a LLaVA checkpoint with image tiles")
-    tower = SiglipVisionConfig(**{**vision, "num_hidden_layers": vision["num_hidden_layers"] - 1}, vision_use_head=False)
+        raise UserError(f"{folder / 'config.json'}: has no image_grid_pinpoints; not a LLaVA with image tiles")
+    vision = {**vision, "num_hidden_layers": vision["num_hidden_layers"] - 1}
     aspect = raw.get("image_aspect_ratio", "")
     return LlavaOnevisionConfig(
         text_config=qwen2_config(raw),
-        vision_config=tower,
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=aspect if aspect.startswith("anyres_max_") else "anyres_max_9",

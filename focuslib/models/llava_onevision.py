@@ -11,7 +11,7 @@ from focuslib.models.llava import Llava
 
 
 class LlavaOnevision(Llava):
-    """LLaVA-OneVision (Qwen2): 32 uniform frames of 14 × 14 tokens and one newline at the video's end; images in tiles."""
+    """LLaVA-OneVision (Qwen2): 32 uniform frames of 14 × 14 tokens, one newline at the video's end; images in tiles."""
 
     name = "llava_onevision"
     checkpoint = "lmms-lab/llava-onevision-qwen2-7b-ov"

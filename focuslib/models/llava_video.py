@@ -13,7 +13,7 @@ from focuslib.models.llava import Llava
 
 
 class LlavaVideo(Llava):
-    """LLaVA-Video (Qwen2): a frame a second, at most 64; average pooling to 13 × 13 tokens and a newline after each row."""
+    """LLaVA-Video (Qwen2): a frame a second, at most 64; average-pooled to 13 × 13 tokens, a newline after each row."""
 
     name = "llava_vid"
     default_sampling = FrameSampling(max_frames=64, per_second=1)
@@ -22,7 +22,7 @@ class LlavaVideo(Llava):
 
     @torch.inference_mode()
     def encode_video(self, pixels: Tensor) -> Tensor:
-        """Pixels [F, 3, side, side] → features [F · rows · (columns + 1), D], a newline after each row of each frame."""
+        """Pixels [F, 3, side, side] → features [F · rows · (columns + 1), D], a newline after each row."""
         model, side = self.model.model, self.patches_per_side
         layer = model.config.vision_feature_layer
         tower = model.vision_tower(pixels.to(self.device, self.dtype), output_hidden_states=True, return_dict=True)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from focuslib.models.minicpmv_network import MiniCPMVConfig, MiniCPMVModel
 SCALE = 448  # pixels a side of a slice's area
 MAX_SLICES = 2  # of a video frame, beside the whole frame
 SLICES_AT_ONCE = 16  # through the vision tower
-VISION_KEYS = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
+VISION_KEYS = (
+    "hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size",
+)  # fmt: skip
 
 
 class MiniCPMV(VLM):
@@ -29,12 +31,19 @@ class MiniCPMV(VLM):
 
     name = "minicpm_v"
     default_sampling = FrameSampling(max_frames=64, per_second=1, centred=True)
-    generation = {"repetition_penalty": 1.2}  # noqa: RUF012
+    generation: ClassVar[dict[str, Any]] = {"repetition_penalty": 1.2, "pad_token_id": 0}
+
+    def __init__(self, model: MiniCPMVModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
+        super().__init__(model, tokenizer, sampling)
+        if tokenizer is not None:  # the published terminators; the checkpoint's files name only the first
+            ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+            self.generation = {**self.generation, "eos_token_id": ends}
 
     @classmethod
     def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:
-        if raw.get("model_type") != "minicpmv" or "query_num" not in raw:
-            raise UserError(f"{folder}: a checkpoint of model type {raw.get('model_type')!r}; {cls.name} needs minicpmv")
+        family = raw.get("model_type")
+        if family != "minicpmv" or "query_num" not in raw:
+            raise UserError(f"{folder}: a checkpoint of model type {family!r}; {cls.name} needs minicpmv")
         if str(raw.get("version", 2.6)) != "2.6":
             raise UserError(f"{folder}: MiniCPM-V {raw['version']}; {cls.name} is version 2.6")
         vision = {key: raw["vision_config"][key] for key in VISION_KEYS}
@@ -52,28 +61,34 @@ class MiniCPMV(VLM):
 
     def prepare(self, media: Media | None, prompt: str) -> Inputs:
         if media is None:
-            ids = self.token_ids(SYSTEM + prompt + ASSISTANT)
+            ids = self.token_ids(self.chat(prompt))
             return self.inputs_from_embeds(self.embed(ids), None)
         frames = [Image.fromarray(frame) for frame in self.frames(media)]
         columns, rows = slice_grid(frames[0].size) or (0, 0)
         visual = (frame_text(columns, rows, self.model.config.query_num) + "\n") * len(frames)
-        ids = self.token_ids(SYSTEM + visual + prompt + ASSISTANT)
+        ids = self.token_ids(self.chat(visual + prompt))
         slices = [pixels for frame in frames for pixels in frame_slices(frame)]
         return self.assemble_ids(ids, self.bounds(ids, len(slices)), self.encode(slices), len(frames))
+
+    def chat(self, content: str) -> str:
+        """The whole prompt around the user's message, by the checkpoint's own template where it has one."""
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            return SYSTEM + content + ASSISTANT
+        message = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def bounds(self, ids: list[int], count: int) -> list[tuple[int, int]]:
         """Where the tokens of the `count` slices lie in the prompt: [first, last + 1) each."""
         token = self.tokenizer.convert_tokens_to_ids
-        starts, ends = ((token(f"<{s}image>"), token(f"<{s}slice>")) for s in ("", "/"))
-        found = [(a + 1, b) for a, b in zip(_where(ids, starts), _where(ids, ends), strict=False)]
-        queries = self.model.config.query_num
-        if len(found) != count or any(b - a != queries for a, b in found):
+        starts = _where(ids, (token("<image>"), token("<slice>")))
+        ends = _where(ids, (token("</image>"), token("</slice>")))
+        if not len(starts) == len(ends) == count:
             raise UserError("the prompt itself holds image markers such as <image>; remove them")
-        return found
+        return [(start + 1, end) for start, end in zip(starts, ends, strict=True)]
 
     @torch.inference_mode()
     def encode(self, slices: list[Tensor]) -> Tensor:
-        """Slices [3, H, W] in [−1, 1], of any shapes → [N, 64, D]. Slices of one shape go through the tower together."""
+        """Slices [3, H, W] in [−1, 1], of any shapes → [N, 64, D]. Those of one shape go through the tower together."""
         features: list[Tensor | None] = [None] * len(slices)
         shapes: dict[torch.Size, list[int]] = {}
         for index, pixels in enumerate(slices):
@@ -97,11 +112,11 @@ class MiniCPMV(VLM):
         embeds = self.embed(ids).clone()
         for (start, stop), feature in zip(bounds, features, strict=True):
             embeds[start:stop] = feature.to(embeds)
-        start, stop = bounds[0][0] - 1, bounds[-1][1] + 2  # from the first start marker through the last frame's newline
+        start, stop = bounds[0][0] - 1, bounds[-1][1] + 2  # from the first marker through the last frame's newline
         return self.inputs_from_embeds(embeds, self.video_grid(start, stop - start, num_frames))
 
     def video_grid(self, start: int, length: int, num_frames: int) -> VisualGrid:
-        """The published grid: rows of 8, and always the frame stride of a landscape frame (three times 64 and markers)."""
+        """The published grid: rows of 8, and always the frame stride of a landscape frame (3 · 64 and the markers)."""
         queries = self.model.config.query_num
         side = math.isqrt(queries)
         return VisualGrid(start, length, num_frames, side, side, frame_stride=3 * queries + 7, height_stride=side)

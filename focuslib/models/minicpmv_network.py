@@ -1,8 +1,9 @@
 """MiniCPM-V 2.6 as a transformers model, built from stock blocks: SigLIP at native aspect ratio, a resampler, Qwen2.
 
-Parameter names are the checkpoint's own (vpm., resampler., llm.), so it loads without any renaming and without remote code.
+Parameter names are the checkpoint's own (vpm., resampler., llm.): it loads without any renaming or remote code.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: Idefics2VisionConfig):
         super().__init__()
+        config._attn_implementation = "sdpa"  # the encoder reads it; only a whole stock model would set it
         self.embeddings = Embeddings(config)
         self.encoder = Idefics2Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -124,4 +126,6 @@ class MiniCPMVModel(PreTrainedModel):
         return self.llm(**inputs)
 
     def generate(self, **inputs: Any) -> Tensor:
-        return self.llm.generate(**inputs)
+        with warnings.catch_warnings():  # as in the original, the repetition penalty sees the new tokens only
+            warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+            return self.llm.generate(**inputs)

@@ -26,8 +26,9 @@ class Qwen25VL(VLM):
 
     @classmethod
     def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:
-        if raw.get("model_type") != "qwen2_5_vl":
-            raise UserError(f"{folder}: a checkpoint of model type {raw.get('model_type')!r}; {cls.name} needs qwen2_5_vl")
+        family = raw.get("model_type")
+        if family != "qwen2_5_vl":
+            raise UserError(f"{folder}: a checkpoint of model type {family!r}; {cls.name} needs qwen2_5_vl")
         return Architecture(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig.from_dict(raw))
 
     def prepare(self, media: Media | None, prompt: str) -> Inputs:

@@ -1,0 +1,79 @@
+"""AdapTiV: merge tokens with the token above or to the left where the signs of their channels agree. MICRO 2024."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from focuslib.errors import UserError
+from focuslib.grid import VisualGrid
+from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.methods.frames import frame_size
+from focuslib.similarity import resolve_pointers
+
+KEPT, MERGED_UP, MERGED_LEFT = 0, 1, 2  # direction of each visual token
+
+
+@dataclass(frozen=True)
+class Adaptiv(Method):
+    """AdapTiV, with the published default.
+
+    threshold: sign similarity (−1 … 1) from which a token is merged into its neighbour, that is dropped. This happens
+    once, before the first layer's attention.
+
+    Results: stats sparsity (dropped / S); details direction ([S] uint8: KEPT, MERGED_UP or MERGED_LEFT) and root
+    ([S] int64: the token that each one ends up in).
+    """
+
+    name: ClassVar[str] = "adaptiv"
+
+    threshold: float = 0.6
+
+    def __post_init__(self):
+        if not -1 <= self.threshold <= 1:
+            raise UserError(f"adaptiv: threshold is {self.threshold}; a sign similarity lies in -1 … 1")
+
+    def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if layer > 0:
+            return hidden, None
+        direction = merge_directions(hidden[prefill.visual], prefill.grid, self.threshold)
+        prefill.record.stats["sparsity"] = int((direction != KEPT).sum()) / len(direction)
+        prefill.record.details["direction"] = direction.cpu()
+        prefill.record.details["root"] = merge_roots(direction, prefill.grid).cpu()
+        keep = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        keep[prefill.visual] = direction == KEPT
+        return hidden, torch.nonzero(keep).squeeze(1)
+
+    def computation_sparsity(self, record: PrefillRecord) -> float:
+        return record.stats["sparsity"]
+
+
+def sign_similarity(x: Tensor, distance: int) -> Tensor:
+    """Σ sign(a)·sign(b) / D of each token and the one `distance` before it, 0 where there is none: [S, D] → [S]."""
+    signs = x.sign()
+    agreement = (signs[distance:] * signs[:-distance]).sum(1, dtype=torch.float32) / x.shape[1]
+    return torch.cat([agreement.new_zeros(min(distance, len(x))), agreement])
+
+
+def merge_directions(x: Tensor, grid: VisualGrid, threshold: float) -> Tensor:
+    """Which visual tokens are merged, and which way: x [S, D] → [S] uint8. Up wins a tie.
+
+    Never merged: tokens of a frame's first row or first column and, if there are more frames than one, the first frame.
+    """
+    up, left = sign_similarity(x, grid.height_stride), sign_similarity(x, grid.width_stride)
+    direction = torch.where(up >= left, MERGED_UP, MERGED_LEFT).to(torch.uint8)
+    size = frame_size(grid)
+    position = torch.arange(len(x), device=x.device)
+    within = position % size
+    allowed = (within >= grid.height_stride) & (within % grid.height_stride >= grid.width_stride)
+    if grid.length >= 2 * size:
+        allowed &= position >= size
+    return torch.where(allowed & (torch.maximum(up, left) >= threshold), direction, KEPT)
+
+
+def merge_roots(direction: Tensor, grid: VisualGrid) -> Tensor:
+    """The kept token that each token is merged into, directly or by way of others: [S] uint8 → [S] int64."""
+    distances = torch.tensor([0, grid.height_stride, grid.width_stride], device=direction.device)
+    pointer = torch.arange(len(direction), device=direction.device) - distances[direction.long()]
+    return resolve_pointers(pointer, len(pointer).bit_length())

@@ -1,0 +1,103 @@
+"""CMC: codec-style inter-frame motion compensation of tokens, queries and attention rows. ASPLOS 2024."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from focuslib.errors import UserError
+from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.methods.frames import require_frames, tokens_per_frame
+from focuslib.motion import compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.ops import cmc_operations, dense_operations
+
+
+@dataclass(frozen=True)
+class Cmc(Method):
+    """CMC, with the published defaults.
+
+    A token is replaced by the nearest token of its interval's I-frame if their L1 distance is below threshold · D:
+    linear_threshold: on the input embeddings, once; those matches hold for the inputs of every linear layer.
+    query_threshold: on each layer's and head's queries. score_threshold: on each layer's and head's attention rows.
+    interval: frames an interval. i_frame: which of them is the I-frame, from 0.
+    skip_score_layers: layers whose attention rows are left alone (published: the last of 28).
+    simplified: compare tokens of the same position only, instead of searching the whole I-frame.
+
+    Results: stats linear_sparsity, query_sparsity, attn_score_sparsity (means over layers and heads); details
+    linear_match ([S] int64, see motion.frame_matches), query_sparsity, attn_score_sparsity ([layers, heads] float32).
+    """
+
+    name: ClassVar[str] = "cmc"
+
+    linear_threshold: float = 0.4
+    query_threshold: float = 0.8
+    score_threshold: float = 5e-5
+    interval: int = 8
+    i_frame: int = 3
+    skip_score_layers: tuple[int, ...] = (27,)
+    simplified: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "skip_score_layers", tuple(self.skip_score_layers))
+        for name in ("linear_threshold", "query_threshold", "score_threshold"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"cmc: {name} is {getattr(self, name)}; it must not be negative")
+        if self.interval < 1:
+            raise UserError(f"cmc: interval is {self.interval}; it must be at least 1 frame")
+        if not 0 <= self.i_frame < self.interval:
+            raise UserError(f"cmc: i_frame is {self.i_frame}; it must lie in 0 … interval − 1 = {self.interval - 1}")
+        if any(layer < 0 for layer in self.skip_score_layers):
+            raise UserError(f"cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
+
+    def begin(self, prefill: Prefill, embeds: Tensor) -> None:
+        require_frames(self.name, prefill.grid)
+        prefill.state["query"], prefill.state["score"] = [], []
+        prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
+
+    def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
+        x = x.clone()
+        compensate(x[prefill.visual], prefill.state["linear"])
+        return x
+
+    def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        queries = queries.clone(memory_format=torch.contiguous_format)
+        prefill.state["query"].append([self._compensate(prefill, head, self.query_threshold) for head in queries])
+        return queries
+
+    def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
+        return layer not in self.skip_score_layers
+
+    def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
+        if head == 0:
+            prefill.state["score"].append([])
+        prefill.state["score"][-1].append(self._compensate(prefill, probabilities, self.score_threshold))
+        return probabilities
+
+    def end(self, prefill: Prefill) -> None:
+        record, state = prefill.record, prefill.state
+        record.details["linear_match"] = state["linear"].cpu()
+        record.stats["linear_sparsity"] = self._share(prefill, state["linear"])
+        for name, layers in (("query_sparsity", state["query"]), ("attn_score_sparsity", state["score"])):
+            record.details[name] = torch.tensor(layers)
+            record.stats[name] = sum(map(sum, layers)) / max(1, sum(map(len, layers)))
+
+    def computation_sparsity(self, record: PrefillRecord) -> float:
+        sparsities = (record.stats[f"{name}_sparsity"] for name in ("linear", "query", "attn_score"))
+        left = cmc_operations(record.shape, record.grid.length, *sparsities)
+        return 1 - left / dense_operations(record.shape, record.grid.length)
+
+    def _compensate(self, prefill: Prefill, rows: Tensor, threshold: float) -> float:
+        """Search among, and replace in place, the visual tokens of rows [T, C]; returns the share replaced."""
+        visual = rows[prefill.visual]
+        match = self._matches(prefill, visual, threshold)
+        compensate(visual, match)
+        return self._share(prefill, match)
+
+    def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
+        search = same_position if self.simplified else motion_search
+        frame = tokens_per_frame(prefill.grid)
+        return frame_matches(visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search)
+
+    def _share(self, prefill: Prefill, match: Tensor) -> float:
+        return replaced_share(match, tokens_per_frame(prefill.grid), interval=self.interval, i_frame=self.i_frame)

@@ -1,0 +1,175 @@
+"""FrameFusion: merge tokens that stay alike over time, then prune unimportant ones, to a budget. arXiv 2501.01986."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focuslib.errors import UserError
+from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.methods.frames import require_frames, tokens_per_frame
+from focuslib.semantic import attention_rows, most_important
+
+
+@dataclass
+class Progress:
+    """How far one prefill has got.
+
+    shares: share of the visual tokens that each merging call removed. importance: [T] of the next call, when it prunes.
+    root: [S] the visual token that each original one is merged into.
+    """
+
+    root: Tensor
+    shares: list[float] = field(default_factory=list)
+    merging_done: bool = False
+    pruning_done: bool = False
+    importance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FrameFusion(Method):
+    """FrameFusion, with the published defaults.
+
+    cost: share of the dense model's computation that is left. similarity_lower_bound: cosine similarity from which a
+    token is merged into the same position's token of the frame before. ratio_lower_bound: merging ends with the first
+    call that merges a smaller share of the tokens; then the least important ones are pruned, once, to meet the budget.
+
+    Results: stats share_0, share_1, … (merged shares), kept (share of the visual tokens at the end); details
+    merge_root ([S] int64: the token that each original one was merged into, or itself).
+    """
+
+    name: ClassVar[str] = "framefusion"
+
+    cost: float = 0.3
+    similarity_lower_bound: float = 0.6
+    ratio_lower_bound: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < self.cost <= 1:
+            raise UserError(f"framefusion: cost is {self.cost}; it is a share of the dense model's and lies in (0, 1]")
+        if not -1 <= self.similarity_lower_bound <= 1:
+            raise UserError(
+                f"framefusion: similarity_lower_bound is {self.similarity_lower_bound}; a cosine lies in -1 … 1"
+            )
+        if not 0 <= self.ratio_lower_bound <= 1:
+            raise UserError(f"framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
+
+    def begin(self, prefill: Prefill, embeds: Tensor) -> None:
+        require_frames(self.name, prefill.grid)
+        prefill.state["progress"] = Progress(root=torch.arange(prefill.grid.length, device=embeds.device))
+
+    def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._call(prefill, hidden) if layer == 0 else (hidden, None)
+
+    def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        progress = prefill.state["progress"]
+        if progress.merging_done and not progress.pruning_done:
+            last = torch.tensor([queries.shape[1] - 1], device=queries.device)
+            progress.importance = attention_rows(queries[:, last], keys, last, scaling).mean((0, 1))
+        return queries
+
+    def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._call(prefill, hidden)
+
+    def end(self, prefill: Prefill) -> None:
+        progress, record = prefill.state["progress"], prefill.record
+        record.stats.update({f"share_{call}": share for call, share in enumerate(progress.shares)})
+        record.stats["kept"] = len(prefill.present) / prefill.grid.length
+        record.details["merge_root"] = progress.root.cpu()
+
+    def computation_sparsity(self, record: PrefillRecord) -> float:
+        return 1 - self.cost
+
+    def _call(self, prefill: Prefill, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        progress = prefill.state["progress"]
+        if progress.pruning_done:
+            return hidden, None
+        ratio = budget_ratio(progress.shares, prefill.shape.layers, self.cost)
+        if progress.merging_done:
+            progress.pruning_done = True
+            kept = most_important(progress.importance[prefill.visual], round((1 - ratio) * len(prefill.present)))
+        else:
+            hidden, kept = self._merge(prefill, hidden, ratio)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        visual = prefill.visual
+        return hidden, torch.cat([rows[: visual.start], visual.start + kept, rows[visual.stop :]])
+
+    def _merge(self, prefill: Prefill, hidden: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """One merging call: (hidden with run means, the visual rows to keep)."""
+        progress, visual = prefill.state["progress"], prefill.visual
+        before, similarity = frame_before(hidden[visual], prefill.present, tokens_per_frame(prefill.grid))
+        merged = similarity >= self.similarity_lower_bound
+        share = int(merged.sum()) / len(merged)
+        if share > ratio:
+            merged = torch.zeros_like(merged)
+            merged[most_important(similarity, int(ratio * len(merged)))] = True
+            progress.merging_done = progress.pruning_done = True
+        else:
+            progress.shares.append(share)
+            progress.merging_done = share < self.ratio_lower_bound
+        first = run_starts(before, merged)
+        progress.root = _follow(progress.root, prefill.present, first)
+        hidden = hidden.clone()
+        hidden[visual] = run_means(hidden[visual], first)
+        return hidden, torch.nonzero(~merged).squeeze(1)
+
+
+def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
+    """Share of the present visual tokens that has to go now for the whole prefill to cost `cost` of the dense one.
+
+    shares: what each call so far removed; one layer ran after each. Raises UserError if the budget is already spent.
+    """
+    spent, present = 0.0, 1.0
+    for share in shares:
+        present *= 1 - share
+        spent += present
+    left = layers * cost - spent
+    if left < 0:
+        raise UserError(
+            f"framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost {spent / layers:.3f} while "
+            "merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
+        )
+    if len(shares) >= layers or present == 0:
+        return 0.0
+    return max(0.0, 1 - left / ((layers - len(shares)) * present))
+
+
+def frame_before(x: Tensor, positions: Tensor, frame_size: int) -> tuple[Tensor, Tensor]:
+    """Each token's predecessor, the same position's token in the nearest earlier frame that is still present.
+
+    x: [P, D]; positions: [P] int64 original positions, ascending. Returns its row ([P] int64, its own where there is
+    none) and the cosine similarity with it ([P] float32, −inf where there is none).
+    """
+    order = (positions % frame_size).argsort(stable=True)
+    previous, current = order[:-1], order[1:]
+    linked = positions[previous] % frame_size == positions[current] % frame_size
+    previous, current = previous[linked], current[linked]
+    before = torch.arange(len(x), device=x.device)
+    before[current] = previous
+    similarity = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+    similarity[current] = F.cosine_similarity(x[current].float(), x[previous].float(), dim=1)
+    return before, similarity
+
+
+def run_starts(before: Tensor, merged: Tensor) -> Tensor:
+    """The first token of each token's run ([P] int64 rows): a run is a token and the merged ones after it."""
+    pointer = torch.where(merged, before, torch.arange(len(before), device=before.device))
+    while not torch.equal(following := pointer[pointer], pointer):
+        pointer = following
+    return pointer
+
+
+def run_means(x: Tensor, first: Tensor) -> Tensor:
+    """Every token replaced by the mean of its run (float32 accumulation); x [P, D], first [P] of `run_starts`."""
+    size = torch.zeros(len(x), device=x.device).index_add_(0, first, torch.ones(len(x), device=x.device))
+    total = torch.zeros(x.shape, device=x.device).index_add_(0, first, x.float())
+    return (total[first] / size[first, None]).to(x.dtype)
+
+
+def _follow(root: Tensor, present: Tensor, first: Tensor) -> Tensor:
+    """Roots of all original tokens after the present ones were merged into the rows `first`. [S] int64 positions."""
+    moved = torch.arange(len(root), device=root.device)
+    moved[present] = present[first]
+    return moved[root]

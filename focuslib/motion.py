@@ -1,0 +1,182 @@
+"""Motion search of CMC: for every visual token, the nearest token of a reference frame by L1 distance (SAD).
+
+Paper: CMC (ASPLOS 2024), inter-frame motion compensation as in a video codec. Pure functions on tensors.
+The search is exact: bounds from block sums (successive elimination) only spare distances that cannot matter, and
+the distances that are left are `torch.cdist(p=1)` in float32, the exhaustive search's own arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INFORMATIVE = -1  # match of a token that no reference token is near enough to
+_COARSE, _FINE = 64, 8  # channels a block of the two bounds
+_DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
+_ROUNDOFF = 2.0**-24  # of one float32 operation
+
+# Working set of one block of tokens. On a CPU it has to stay small and near the core; on a GPU it only bounds memory.
+_CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+
+
+@dataclass
+class _Blocks:
+    """Block sums of N rows: sums [N, ceil(D / _FINE)], norm [N] (L1), used: how many blocks are not zero at the end."""
+
+    sums: Tensor
+    norm: Tensor
+    used: int
+
+
+def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
+    """The nearest reference token of each token, where its L1 distance is below `limit`; the first wins a tie.
+
+    tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32.
+    Returns [N] int64: 0 … P − 1, or INFORMATIVE.
+
+    Extra memory: [P, D / 8] for the reference's block sums, and a working set of a few MiB. Fast where most distances
+    are far above `limit` or the best one; where all are nearly equal, every one has to be computed.
+    """
+    reference = reference.float()
+    blocks = _block_sums(reference)
+    parts = tokens.split(_FINE * _rows_in_budget(tokens))  # the block sums of a part fit the budget
+    return torch.cat([_search(part.float(), reference, blocks, limit) for part in parts])
+
+
+def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
+    """The simplified search: token i of each frame is compared with reference token i only. As `motion_search`.
+
+    tokens: [N, D] with N a multiple of P, frame after frame; reference: [P, D].
+    """
+    position = torch.arange(len(reference), device=tokens.device).repeat(len(tokens) // len(reference))
+    distance = torch.cat([_pair_distances(frame, reference) for frame in tokens.split(len(reference))])
+    return torch.where(distance < limit, position, INFORMATIVE)
+
+
+def frame_matches(
+    tokens: Tensor, frame_size: int, threshold: float, *, interval: int = 8, i_frame: int = 3, search=motion_search
+) -> Tensor:
+    """Motion search of whole frames: the token each visual token is replaced by.
+
+    tokens: [F·P, D], frame after frame, P = frame_size. Frames are grouped into intervals; frame number `i_frame` of an
+    interval is its I-frame. A token matches if its distance is below threshold · D.
+    Returns [F·P] int64: the index (0 … F·P − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
+    match themselves, or the first that is equal (newline tokens are). A tail interval too short to have an I-frame is
+    informative.
+    """
+    limit = threshold * tokens.shape[1]
+    match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
+    for start in range(0, len(tokens), interval * frame_size):
+        first = start + i_frame * frame_size
+        if first >= len(tokens):
+            break
+        members = slice(start, min(start + interval * frame_size, len(tokens)))
+        found = search(tokens[members], tokens[first : first + frame_size], limit)
+        match[members] = torch.where(found >= 0, found + first, INFORMATIVE)
+    return match
+
+
+def replaced_share(match: Tensor, frame_size: int, *, interval: int = 8, i_frame: int = 3) -> float:
+    """CMC's sparsity: the share of the tokens that have a match, I-frames counting as informative."""
+    frame = torch.arange(len(match), device=match.device) // frame_size
+    return int(((match >= 0) & (frame % interval != i_frame)).sum()) / len(match)
+
+
+def compensate(tokens: Tensor, match: Tensor) -> None:
+    """Replace, in place, the tokens that have a match by it. tokens: [F·P, D], match: [F·P] of `frame_matches`.
+
+    A matching token matches itself, so the order does not matter.
+    """
+    own = torch.arange(len(match), device=match.device)
+    replaced = torch.nonzero((match >= 0) & (match != own)).squeeze(1)
+    for rows in replaced.split(_rows_in_budget(tokens)):
+        tokens[rows] = tokens[match[rows]]
+
+
+def _search(rows: Tensor, reference: Tensor, reference_blocks: _Blocks, limit: float) -> Tensor:
+    """`motion_search` of one block of float32 rows."""
+    match = torch.full((len(rows),), INFORMATIVE, device=rows.device)
+    blocks = _block_sums(rows)
+    used = max(blocks.used, reference_blocks.used)
+    alive = torch.arange(len(rows), device=rows.device)
+    for size in (_COARSE, _FINE):
+        bound = _lower_bounds(blocks, alive, reference_blocks, used, size, rows.shape[1])
+        possible = (bound < limit).any(1)
+        alive, bound = alive[possible], bound[possible]
+        if len(alive) == 0:
+            return match
+    # zero channels at the end (a causal attention matrix has them) add nothing to a distance
+    rows, reference = rows[:, : used * _FINE], reference[:, : used * _FINE]
+
+    likely = bound.argmin(1)
+    cutoff = _picked_distances(rows, reference, alive, likely).clamp(max=limit)
+    left = bound <= cutoff[:, None]
+    if left.sum() > _DENSE_SHARE * left.numel():
+        distance = _all_distances(rows[alive], reference)
+    else:
+        row, candidate = torch.nonzero(left, as_tuple=True)
+        distance = bound.fill_(torch.inf)
+        distance[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
+    best = distance.argmin(1)
+    near = distance.gather(1, best[:, None]).squeeze(1) < limit
+    match[alive] = torch.where(near, best, INFORMATIVE)
+    return match
+
+
+def _block_sums(x: Tensor) -> _Blocks:
+    """Block sums of rows [N, D] float32."""
+    norm = torch.linalg.vector_norm(x, ord=1, dim=1)
+    nonzero = torch.nonzero(x.any(0))
+    # whole coarse blocks, so that cdist adds the channels in use in the same order as it adds all
+    width = -(-(int(nonzero[-1]) + 1) // _COARSE) * _COARSE if len(nonzero) else _COARSE
+    if x.shape[1] % _FINE:
+        x = F.pad(x, (0, -x.shape[1] % _FINE))
+    return _Blocks(x.unflatten(1, (-1, _FINE)).sum(-1), norm, width // _FINE)
+
+
+def _lower_bounds(a: _Blocks, rows: Tensor, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
+    """Lower bounds, from blocks of `size` channels, of the L1 distances of a's `rows` to all of b ([N, P]).
+
+    |Σ a − Σ b| ≤ Σ |a − b| in every block. What rounding can have added to the bound, or can take from the distance,
+    is taken off, so that it holds for the distances as float32 arithmetic gives them.
+    """
+    step = size // _FINE
+    own, other = _coarser(a.sums[:, :used], step)[rows], _coarser(b.sums[:, :used], step)
+    bound = torch.cdist(own, other, p=1).mul_(1 - 2 * channels * _ROUNDOFF)
+    norms = a.norm[rows, None] + b.norm
+    return bound.sub_(norms, alpha=2 * _COARSE * _ROUNDOFF)
+
+
+def _coarser(sums: Tensor, step: int) -> Tensor:
+    """Sums of `step` neighbouring block sums each: [N, K] → [N, ceil(K / step)]."""
+    if step == 1:
+        return sums
+    return F.pad(sums, (0, -sums.shape[1] % step)).unflatten(1, (-1, step)).sum(-1)
+
+
+def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
+    """L1 distances of pairs of rows: row, candidate [K] int64 → [K]."""
+    step = _rows_in_budget(rows)
+    pieces = [
+        _pair_distances(rows[r], reference[c]) for r, c in zip(row.split(step), candidate.split(step), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _pair_distances(a: Tensor, b: Tensor) -> Tensor:
+    """[K, D], [K, D] → [K]: the arithmetic of cdist, pair by pair."""
+    return torch.cdist(a.float()[:, None], b.float()[:, None], p=1).flatten()
+
+
+def _all_distances(rows: Tensor, reference: Tensor) -> Tensor:
+    """L1 distances of all pairs, [N, D], [P, D] → [N, P], in tiles."""
+    step = _rows_in_budget(rows)
+    return torch.cat([
+        torch.cat([torch.cdist(a, b, p=1) for b in reference.split(step)], dim=1) for a in rows.split(step)
+    ])  # fmt: skip
+
+
+def _rows_in_budget(x: Tensor) -> int:
+    budget = _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cuda"])
+    return max(1, budget // (4 * max(1, x.shape[1])))
