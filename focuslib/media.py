@@ -8,7 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from focuslib.errors import UserError
 
@@ -55,10 +55,20 @@ def read_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{path}: no such image file")
     try:
-        with Image.open(path) as image:
+        with _whole_images_only(), Image.open(path) as image:
             return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({_one_line(error)})") from error
+
+
+@contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Importing lmms-eval makes Pillow fill up truncated images with grey; here a cut-off file is an error."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
