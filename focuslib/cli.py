@@ -1,7 +1,6 @@
 """The `focus` command: a thin layer on experiments and evaluate."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,10 @@ from focuslib.errors import UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; a user's mistake is one line on stderr and exit status 1."""
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.run is not _lmms_eval:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         status = options.run(options)
     except UserError as error:
@@ -76,7 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--profile", default="laptop", help="folder of params/ (default %(default)s)")
     reproduce.add_argument("--only", help="one notebook, such as main")
     reproduce.set_defaults(run=_reproduce)
+
+    stock = commands.add_parser(
+        "lmms-eval",
+        add_help=False,
+        help="the stock lmms-eval command, also where torchvision lacks its compiled part",
+    )
+    stock.set_defaults(run=_lmms_eval)
     return parser
+
+
+def _lmms_eval(options: argparse.Namespace) -> int:
+    from lmms_eval.cli.dispatch import main as lmms_eval
+
+    sys.argv = ["lmms-eval", *options.rest]
+    return lmms_eval() or 0
 
 
 def _positive(text: str) -> int:
@@ -151,8 +167,6 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     if options.only and options.only not in EXPERIMENTS:
         raise UserError(f"unknown notebook {options.only!r}; one of {', '.join(EXPERIMENTS)}")
-    if options.profile == "laptop":
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs ships with the package
     status = 0
     for experiment in [options.only] if options.only else EXPERIMENTS:
         notebook = execute(experiment, options.profile)

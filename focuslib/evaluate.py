@@ -141,7 +141,7 @@ def load_vlm(
     """Load a VLM by adapter name. device: None takes the GPU if there is one."""
     adapter = pick(MODELS, name, "model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return adapter.load(pretrained or adapter.checkpoint, device=device, dtype=dtype, **settings)
+    return adapter.load(pretrained, device=device, dtype=dtype, **settings)
 
 
 @dataclass

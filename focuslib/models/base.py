@@ -57,7 +57,7 @@ class VLM:
     @classmethod
     def load(
         cls,
-        pretrained: str | Path,
+        pretrained: str | Path | None = None,
         *,
         dtype: torch.dtype | str = "auto",
         device: str = "cpu",
@@ -66,13 +66,13 @@ class VLM:
         quantization: Any = None,
         **options: Any,
     ) -> VLM:
-        """Load a checkpoint folder or hub id.
+        """Load a checkpoint folder or hub id (None: the published checkpoint).
 
         dtype, device, device_map, quantization: see checkpoint.load_model. sampling: which frames of a video are seen.
         options: of the family's `architecture`.
         Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
         """
-        folder = resolve_folder(pretrained)
+        folder = resolve_folder(pretrained or cls.checkpoint)
         architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
         model = load_model(
             folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=quantization
