@@ -37,9 +37,9 @@ def version() -> str:
 def task_docs(task: str, split: str) -> list[dict]:
     """The questions of one task and split, in clip order.
 
-    Each is a dict of strings and one list: id, video (path relative to the built folder), question, options (four words),
-    answer (a letter), answer_text, question_type. Every clip is asked one question of each type it allows; the right
-    letters go round A to D, in shuffled fours, so that they are balanced.
+    Each is a dict of strings and one list: id, video (path relative to the built folder), question, options (four
+    words), answer (a letter), answer_text, question_type. Every clip is asked one question of each type it allows;
+    the right letters go round A to D, in shuffled fours, so that they are balanced.
     """
     rng = np.random.default_rng((3, list(CLIPS).index(split), list(TASKS).index(task)))
     docs, positions = [], []
@@ -48,7 +48,11 @@ def task_docs(task: str, split: str) -> list[dict]:
         for index in range(3 * CLIPS[split] // per_clip // len(TASKS[task])):
             scene = sample_scene(split, kind, index)
             pool = [q for q in questions(scene) if q.type in types]
-            chosen = [rng.choice([i for i, q in enumerate(pool) if q.type == t]) for t in types if any(q.type == t for q in pool)]
+            chosen = [
+                rng.choice([i for i, q in enumerate(pool) if q.type == t])
+                for t in types
+                if any(q.type == t for q in pool)
+            ]
             chosen += [i for i in range(len(pool)) if i not in chosen][: per_clip - len(chosen)]
             for number, i in enumerate(chosen):
                 positions = positions or rng.permutation(4).tolist()
@@ -83,7 +87,10 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def build(root: Path | None = None) -> Path:
-    """The folder with ``videos/`` and ``<task>_<split>.jsonl``, built now if it is not there yet; safe to call at once from many processes."""
+    """The folder with ``videos/`` and ``<task>_<split>.jsonl``, built now if it is not there yet.
+
+    Safe to call from many processes at once.
+    """
     root = cache_root() if root is None else Path(root)
     target = root / version()
     if target.is_dir():

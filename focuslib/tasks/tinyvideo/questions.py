@@ -55,12 +55,12 @@ class Question:
         wrong = (rng.permutation(first).tolist() + rng.permutation(others).tolist())[:3]
         wrong = rng.permutation(wrong).tolist()
         position = int(rng.integers(4)) if position is None else position
-        return wrong[:position] + [self.answer] + wrong[position:], LETTERS[position]
+        return [*wrong[:position], self.answer, *wrong[position:]], LETTERS[position]
 
 
 def prompt(question: str, options: list[str]) -> str:
     """The text a model reads after the video."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
     return "\n".join([question, *lines, INSTRUCTION])
 
 
@@ -74,7 +74,9 @@ def questions(scene: Scene) -> list[Question]:
             quarter = QUARTERS[4 * o.appears // scene.frames]
             asked.append(Question("needle_color", f"What color is the {name}?", o.color, (i,), colors))
             asked.append(Question("needle_place", f"Where does the {name} appear?", o.place, (i,)))
-            asked.append(Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,)))
+            asked.append(
+                Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,))
+            )
         elif o.place:
             asked.append(Question("color_at", f"What color is the object at the {o.place}?", o.color, (i,), colors))
             asked.append(Question("place_of", f"Where is the {o.color} object?", o.place, (i,)))

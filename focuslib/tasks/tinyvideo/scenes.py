@@ -29,7 +29,13 @@ COLORS = {
     "cyan": (45, 210, 220),
     "magenta": (215, 55, 210),
 }
-PLACES = {"left": (17, 48), "right": (79, 48), "top": (48, 17), "bottom": (48, 79), "center": (48, 48)}  # x, y in pixels
+PLACES = {
+    "left": (17, 48),
+    "right": (79, 48),
+    "top": (48, 17),
+    "bottom": (48, 79),
+    "center": (48, 48),
+}  # x, y in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUARTERS = ("first", "second", "third", "last")
 
@@ -77,7 +83,9 @@ class Scene:
 def sample_scene(split: str, kind: str, index: int) -> Scene:
     """The scene number ``index`` of one split and kind; the same arguments give the same scene, on any machine."""
     if split not in SPLITS or kind not in FRAMES:
-        raise ValueError(f"tinyvideo: no scenes for split {split!r}, kind {kind!r}; splits {SPLITS}, kinds {tuple(FRAMES)}")
+        raise ValueError(
+            f"tinyvideo: no scenes for split {split!r}, kind {kind!r}; splits {SPLITS}, kinds {tuple(FRAMES)}"
+        )
     seed = (SPLITS.index(split), tuple(FRAMES).index(kind), index)
     rng = np.random.default_rng((0, *seed))
     return Scene(kind, seed, {"attributes": _attributes, "needle": _needle, "move": _move, "order": _order}[kind](rng))
@@ -97,7 +105,9 @@ def _standing(rng: np.random.Generator, color: str, place: str, frames: int, vis
 
 
 def _colors_places(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    return list(zip(rng.permutation(list(COLORS))[:n].tolist(), rng.permutation(list(PLACES))[:n].tolist()))
+    return list(
+        zip(rng.permutation(list(COLORS))[:n].tolist(), rng.permutation(list(PLACES))[:n].tolist(), strict=True)
+    )
 
 
 def _attributes(rng: np.random.Generator) -> list[Object]:
@@ -145,7 +155,8 @@ def _order(rng: np.random.Generator) -> list[Object]:
     second = int(rng.integers(2, 4))
     starts = (0, second, int(rng.integers(second + 2, 7)))
     return [
-        _standing(rng, c, p, frames, np.arange(frames) >= start) for (c, p), start in zip(_colors_places(rng, 3), starts)
+        _standing(rng, c, p, frames, np.arange(frames) >= start)
+        for (c, p), start in zip(_colors_places(rng, 3), starts, strict=True)
     ]
 
 
@@ -196,7 +207,5 @@ def token_objects(scene: Scene) -> np.ndarray:
     A token shows an object that covers more than a quarter of its 16 × 16 pixels.
     """
     cells = SIZE // CELL
-    share = np.stack(
-        [coverage(o).reshape(scene.frames, cells, CELL, cells, CELL).mean((2, 4)) for o in scene.objects]
-    )
+    share = np.stack([coverage(o).reshape(scene.frames, cells, CELL, cells, CELL).mean((2, 4)) for o in scene.objects])
     return np.where(share.max(0) > 0.25, share.argmax(0), -1)

@@ -1,4 +1,4 @@
-"""The lmms-eval side of the embedded benchmark: the task class that builds its data, and the functions its YAMLs name."""
+"""The embedded benchmark for lmms-eval: the task class that builds its data, and the functions the YAMLs name."""
 
 import re
 

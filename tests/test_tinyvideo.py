@@ -1,0 +1,122 @@
+"""The embedded benchmark: seeded, balanced, true to its scenes, and readable after a round trip through mp4."""
+
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from focuslib.tasks.tinyvideo import build as builder
+from focuslib.tasks.tinyvideo.build import load_docs, task_docs, write_video
+from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, TASKS, prompt, questions
+from focuslib.tasks.tinyvideo.scenes import FRAMES, PLACES, render, sample_scene, token_objects
+
+
+def decode(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_same_seed_same_bytes(kind):
+    first, again = (render(sample_scene("test", kind, 7)) for _ in range(2))
+    assert first.shape == (FRAMES[kind], 96, 96, 3) and first.dtype == np.uint8
+    assert first.tobytes() == again.tobytes()
+
+
+def test_splits_differ():
+    clips = {
+        render(sample_scene(split, kind, i)).tobytes()
+        for split in ("train", "tune", "test")
+        for kind in FRAMES
+        for i in range(3)
+    }
+    assert len(clips) == 3 * len(FRAMES) * 3
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="no scenes for split 'dev'"):
+        sample_scene("dev", "needle", 0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_docs_are_balanced_and_of_full_size(task):
+    docs = task_docs(task, "test")
+    assert len(docs) == 480 and len({d["id"] for d in docs}) == 480
+    letters = Counter(d["answer"] for d in docs)
+    assert set(letters.values()) == {120}
+    for doc in docs:
+        assert len(set(doc["options"])) == 4
+        assert doc["options"][LETTERS.index(doc["answer"])] == doc["answer_text"]
+    for kind in {d["question_type"] for d in docs}:
+        answers = Counter(d["answer_text"] for d in docs if d["question_type"] == kind)
+        even = sum(answers.values()) / len(CHOICES[kind])
+        assert set(answers) == set(CHOICES[kind]) and all(even / 2 < n < 2 * even for n in answers.values())
+
+
+def test_answers_follow_from_what_the_clip_shows():
+    for index in range(20):
+        scene = sample_scene("tune", "needle", index)
+        shown = token_objects(scene)
+        needle = next(i for i, o in enumerate(scene.objects) if o.framed)
+        frames, rows, columns = np.nonzero(shown == needle)
+        answers = {q.type: q.answer for q in questions(scene)}
+        quarters = set((frames // 8).tolist())
+        assert quarters == {CHOICES["needle_when"].index(answers["needle_when"])}
+        x, y = 16 * columns.mean() + 8, 16 * rows.mean() + 8
+        nearest = min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - x, PLACES[p][1] - y))
+        assert nearest == answers["needle_place"] and scene.objects[needle].color == answers["needle_color"]
+
+        scene = sample_scene("tune", "move", index)
+        moved = {o.color: o.path[-1] - o.path[0] for o in scene.objects}
+        for question in questions(scene):
+            if question.type == "mover":
+                assert question.answer == max(moved, key=lambda c: np.abs(moved[c]).max())
+            else:
+                dx, dy = next(m for c, m in moved.items() if f" {c} " in question.text)
+                along = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+                assert question.answer == along
+
+
+def test_objects_are_a_small_part_of_the_picture():
+    share = {
+        kind: np.mean([(token_objects(sample_scene("tune", kind, i)) >= 0).mean() for i in range(30)])
+        for kind in FRAMES
+    }
+    assert max(share.values()) < 0.27, share
+
+
+def test_video_survives_the_codec(tmp_path):
+    frames = render(sample_scene("tune", "needle", 0))
+    write_video(tmp_path / "clip.mp4", frames)
+    decoded = decode(tmp_path / "clip.mp4")
+    assert decoded.shape == frames.shape
+    assert np.abs(decoded.astype(int) - frames).mean() < 6
+
+
+def test_build_is_complete_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "CLIPS", {"tune": 4})
+    docs = {task: load_docs(task, "tune", tmp_path) for task in TASKS}
+    assert {len(d) for d in docs.values()} == {12}
+    assert all(Path(d["video"]).is_file() for rows in docs.values() for d in rows)
+    built = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert load_docs("needle", "tune", tmp_path) == docs["needle"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == built
+    assert [p.name for p in tmp_path.iterdir()] == [builder.version()]  # nothing half-built stays
+
+
+def test_tokenizer_round_trip():
+    from focuslib.tiny.tokenizer import FOOTER, HEADER, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    doc = task_docs("needle", "tune")[0]
+    for text in (HEADER + "<image>\n" + prompt(doc["question"], doc["options"]) + FOOTER, "Grüße, 世界!"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert all(len(tokenizer.encode(f" {word}")) == 1 for words in CHOICES.values() for word in words)
+    assert all(len(tokenizer.encode(letter)) == 1 for letter in LETTERS)
+    assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]) == [
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    ]
