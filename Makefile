@@ -13,10 +13,10 @@ BIN := $(ENV)/bin
 DONE := $(ENV)/.focuslib-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab bench report clean
+.PHONY: help setup reproduce smoke test test-browser lab bench verify report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(DONE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
@@ -28,8 +28,15 @@ setup: $(DONE) ## install the package and its pinned dependencies (in .venv, or 
 reproduce: $(DONE) ## run the experiment notebooks: PROFILE=laptop (minutes, offline) or paper (GPU); ONLY=main for one
 	$(BIN)/focus reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
 
+smoke: $(DONE) ## run the paper profile's notebooks on tiny replicas of its models and data sets (minutes, offline)
+	$(BIN)/python tests/smoke.py $(ONLY)
+
 test: $(DONE) ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-browser: $(DONE) ## test the explorer in headless Chromium (apt-get install chromium); screenshots in build/browser
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,browser]'
+	$(BIN)/python -m pytest tests/browser
 
 lab: $(DONE) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
@@ -38,8 +45,11 @@ bench: $(DONE) ## measure the speed claims, each a ratio within one run
 	$(BIN)/python -m benchmarks.sic
 	$(BIN)/python -m benchmarks.cmc_search
 
-report: $(DONE) ## write the executed notebooks as HTML: results/<profile>/*.html
-	$(BIN)/jupyter nbconvert --to html --log-level WARN results/$(PROFILE)/*.ipynb
+verify: $(DONE) ## run the experiments anew and compare their tables with the expected ones; fails on a difference
+	$(BIN)/focus verify --profile $(PROFILE)
+
+report: $(DONE) ## write all executed notebooks as one self-contained page: results/<profile>/report.html
+	$(BIN)/focus report --profile $(PROFILE)
 
 clean: ## remove the computed results of the profile (not its tables)
 	rm -rf results/$(PROFILE)/cells results/$(PROFILE)/work

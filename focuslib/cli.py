@@ -1,6 +1,7 @@
 """The `focus` command: a thin layer on experiments and evaluate."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -78,6 +79,42 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--profile", default="laptop", help="folder of params/ (default %(default)s)")
     reproduce.add_argument("--only", help="one notebook, such as main")
     reproduce.set_defaults(run=_reproduce)
+
+    verify = commands.add_parser(
+        "verify",
+        help="run the experiments anew and compare their tables with the expected ones",
+        description="Run a profile's notebooks into results/verify and compare the tables with results/<profile>, "
+        "within the tolerances of focuslib/verify.py; exit status 1 on a difference.",
+    )
+    verify.add_argument("--profile", default="laptop", help="folder of params/ (default %(default)s)")
+    verify.add_argument("--fresh", type=Path, help="compare this results folder and run nothing")
+    verify.set_defaults(run=_verify)
+
+    report = commands.add_parser("report", help="write the executed notebooks as one self-contained HTML page")
+    report.add_argument("--profile", default="laptop", help="folder of results/ (default %(default)s)")
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser("export", help="write the architecture simulator's .pth of a native trace")
+    export.add_argument("trace", type=Path, help="native trace, such as results/laptop/cells/trace_….trace")
+    export.add_argument("pth", type=Path, help="file to write")
+    export.set_defaults(run=_export)
+
+    check = commands.add_parser(
+        "check",
+        help="say what a profile lacks before it starts",
+        description="Weights, data sets, videos, GPU and the published hours of a profile's cells. Makes no network "
+        "call; exit status 1 if anything is missing.",
+    )
+    check.add_argument("--profile", default="paper", help="folder of params/ (default %(default)s)")
+    check.set_defaults(run=_check)
+
+    fetch = commands.add_parser(
+        "fetch",
+        help="download models and data sets",
+        description="Download what `focus check` misses into the hub's cache.",
+    )
+    fetch.add_argument("name", nargs="+", help="model or data set, such as llava_vid or videomme")
+    fetch.set_defaults(run=_fetch)
 
     stock = commands.add_parser(
         "lmms-eval",
@@ -162,18 +199,61 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from focuslib.experiments import read_status
-    from focuslib.notebooks import EXPERIMENTS, execute
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what is on this disk; `focus fetch` downloads
+    from focuslib.reproduce import reproduce
 
-    if options.only and options.only not in EXPERIMENTS:
-        raise UserError(f"unknown notebook {options.only!r}; one of {', '.join(EXPERIMENTS)}")
-    status = 0
-    for experiment in [options.only] if options.only else EXPERIMENTS:
-        notebook = execute(experiment, options.profile)
-        summary = read_status(notebook.parent, experiment)
-        print(f"{experiment}: {summary['text']}\n{experiment}: tables and figures in {notebook}")
-        status = status or int(not summary["complete"])
-    return status
+    return 0 if reproduce(options.profile, options.only) else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from focuslib.experiments import results_folder
+    from focuslib.reproduce import reproduce
+    from focuslib.verify import compare_folders
+
+    expected, fresh = results_folder(options.profile), options.fresh
+    if fresh is None:
+        fresh = results_folder("verify")
+        if not reproduce(options.profile, changes={"profile": fresh.name}):
+            return 1
+    differences = compare_folders(expected, fresh)
+    print("\n".join(differences) or f"the tables of {fresh} are those of {expected} within the tolerances")
+    return 1 if differences else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from focuslib.experiments import results_folder
+    from focuslib.html_report import write_report
+
+    print(write_report(results_folder(options.profile)))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from focuslib.trace import Trace
+
+    Trace.load(options.trace).save_pth(options.pth)
+    print(f"{options.pth}: {options.pth.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before a hub client is imported
+    from focuslib.check import check_profile, cost, table
+
+    pairs = check_profile(options.profile)
+    print(table(pairs).to_string(index=False))
+    print(f"\n{cost(pairs)}")
+    missing = list(dict.fromkeys(line for pair in pairs for line in pair.missing))
+    print("\n".join(f"missing: {line}" for line in missing) or "nothing is missing")
+    return 1 if missing else 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from focuslib.check import fetch
+
+    for name in options.name:
+        print(fetch(name))
+    return 0
 
 
 if __name__ == "__main__":

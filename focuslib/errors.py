@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input, named together with the mend in one line."""
 
 
+class InputError(UserError):
+    """Input that a method cannot take: the fault of one sample, not of the settings."""
+
+
 def pick(table, name: str, kind: str):
     """table[name], or a UserError that names the known ones."""
     if name in table:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +17,17 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from focuslib.errors import UserError, pick
+from focuslib.errors import InputError, UserError, pick
 from focuslib.journal import Journal, digest
+from focuslib.media import readable_images
 from focuslib.methods.base import Method, PrefillRecord
 from focuslib.methods.settings import make_method
 from focuslib.models import MODELS, VLM
-from focuslib.ops import SITES
+from focuslib.ops import SITES, dense_operations
 from focuslib.patch import Run
 from focuslib.tasks.datasets import DATASETS, Dataset
+from focuslib.tasks.judge import no_unanswered_calls
+from focuslib.tasks.sources import require
 
 if TYPE_CHECKING:
     from lmms_eval.api.task import Task
@@ -50,7 +55,7 @@ class FocusLmms(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         journal: Journal | None = None,
-        save_trace: Callable[[int, Run], None] | None = None,
+        save_trace: Callable[[str, int, Run], None] | None = None,
         **settings: Any,
     ):
         super().__init__()
@@ -78,34 +83,39 @@ class FocusLmms(lmms):
         answers = []
         with self.method(self.vlm, trace=self.save_trace is not None) as run:
             for request in tqdm(requests, desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False):
-                context, generation, to_visual, doc_id, task, split = request.args
+                context, generation, _, doc_id, task, split = request.args
                 key = digest([repr(self), task, split, doc_id, context, generation])
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
-                    entry = self._answer(run, context, generation, to_visual, self.task_dict[task][split][doc_id], doc_id)
+                    entry = self._answer(run, *request.args)
                     if self.journal and "error" not in entry:
                         self.journal.add(key, entry)
                 self.records[task, doc_id] = entry
                 answers.append(entry["answer"])
         return answers
 
-    def _answer(self, run: Run, context: str, generation: dict, to_visual, doc: dict, doc_id: int) -> dict[str, Any]:
-        """One answer with what the method did; media that cannot be read is an entry with an error and no answer."""
+    def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
+        """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
-            visuals = to_visual(doc)
-            inputs = self.vlm.prepare(visuals[0] if visuals else None, context)
-        except SystemExit as error:  # how some stock tasks report a missing video
-            return {"answer": "", "error": str(error)}
-        except UserError as error:
+            with readable_images(f"{task} {doc_id}"):
+                visuals = to_visual(self.task_dict[task][split][doc_id]) or [None]
+            if len(visuals) > 1:
+                raise UserError(f"{len(visuals)} images or videos in one question; the models here take one")
+            inputs = self.vlm.prepare(visuals[0], context)
+        except (SystemExit, UserError) as error:  # the former is how some stock tasks report a missing video
             return {"answer": "", "error": str(error)}
         start = time.perf_counter()
-        ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
+        try:
+            ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
+        except InputError as error:
+            return {"answer": "", "error": str(error)}
         seconds = time.perf_counter() - start
         answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        for stop in generation.get("until") or ():
+        stops = generation.get("until") or ()
+        for stop in (stops,) if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0]
         if self.save_trace is not None:
-            self.save_trace(doc_id, run)
+            self.save_trace(task, doc_id, run)
         entry = {"answer": answer, "seconds": seconds, **summary(run.method, run.last)}
         run.prefills.clear()
         return entry
@@ -124,6 +134,7 @@ def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
         "visual_tokens": grid.length,
         "num_frames": grid.num_frames,
         "computation_sparsity": method.computation_sparsity(record),
+        "dense_operations": dense_operations(record.shape, grid.length),
         "retained": record.retained,
         "stats": record.stats,
     }
@@ -131,6 +142,9 @@ def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
         numbers["site_sparsity"] = {
             site: [layer[site].sparsity(grid.length) for layer in counts.layers] for site in SITES
         }
+        numbers["computed_vectors"] = sum(
+            grid.length * site.vectors - site.zero - site.similar for layer in counts.layers for site in layer.values()
+        )
         numbers["weighted_sparsity"] = counts.weighted_sparsity(record.shape)
     return numbers
 
@@ -167,33 +181,38 @@ def evaluate(
     *,
     limit: int | None = None,
     journal: Path | None = None,
-    save_trace: Callable[[int, Run], None] | None = None,
+    save_trace: Callable[[str, int, Run], None] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Score a method on a data set with lmms-eval. limit: the first so many questions of each task.
 
-    journal: a file of answered requests; a run that was killed goes on from it.
+    journal: a file of answered requests; a run that was killed goes on from it. save_trace: called with the task, the
+    question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
     """
+    require(dataset)
     from lmms_eval.evaluator import simple_evaluate  # takes ten seconds to import
 
+    if limit is not None:
+        limit = math.ceil(limit / dataset.together) * dataset.together
     log = Journal(journal) if journal else None
     model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
-    manager, tasks = _load_tasks(dataset, vlm.name)
+    manager, tasks = load_tasks(dataset, vlm.name)
     try:
-        outcome = simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            datetime_str="",
-            cli_args=Namespace(output_path=str(journal.parent) if journal else ".", process_with_media=False),
-        )
+        with TemporaryDirectory() as submissions, no_unanswered_calls():
+            outcome = simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                datetime_str="",
+                cli_args=Namespace(output_path=submissions, process_with_media=False),
+            )
     finally:
         if log:
             log.close()
@@ -207,24 +226,26 @@ def evaluate(
                 failures.append({**identity, "error": entry["error"]})
             samples.append({**identity, "score": dataset.sample_score(sample), **entry})
     if samples and len(failures) == len(samples):
-        raise UserError(f"{dataset.name}: no sample could be read; the first: {failures[0]['error']}")
+        raise UserError(f"{dataset.name}: no question could be answered; the first: {failures[0]['error']}")
     return Evaluation(dataset.score(outcome["results"], samples), samples, failures)
 
 
 def question(dataset: str, model_name: str, number: int) -> tuple[Any, str]:
     """The media and the prompt of one question of a data set's first task."""
-    task = _load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1][0]
+    task = load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1][0]
     doc = task.eval_docs[number]
     return task.doc_to_visual(doc)[0], task.doc_to_text(doc)
 
 
 @cache
-def _load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Task]]:
+def load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Task]]:
     """A data set's tasks with the prompts lmms-eval has for the model. Loading takes seconds, so runs share it."""
+    from datasets.utils.logging import set_verbosity_error
     from lmms_eval.tasks import TaskManager, get_task_dict
 
-    include = [str(dataset.include_path)] if dataset.include_path else None
-    manager = TaskManager("ERROR", include_path=include, include_defaults=include is None, model_name=model_name)
+    set_verbosity_error()  # else two lines a task say that its data were found in the cache
+    # only this data set's folder: reading all of lmms-eval's takes thirteen seconds
+    manager = TaskManager("ERROR", include_path=[str(dataset.folder)], include_defaults=False, model_name=model_name)
     return manager, list(_leaves(get_task_dict(list(dataset.tasks), manager, "simple")))
 
 

@@ -54,19 +54,23 @@ def read_image(path: str | Path) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such image file")
-    try:
-        with _whole_images_only(), Image.open(path) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({_one_line(error)})") from error
+    with readable_images(path), Image.open(path) as image:
+        return to_rgb(image)
 
 
 @contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """Importing lmms-eval makes Pillow fill up truncated images with grey; here a cut-off file is an error."""
+def readable_images(name: str | Path) -> Iterator[None]:
+    """Turn what Pillow raises for a bad image into a UserError that names it.
+
+    A cut-off image is one too: importing lmms-eval makes Pillow fill it up with grey.
+    """
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: not a readable image ({_one_line(error)})") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 

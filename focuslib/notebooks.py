@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -11,24 +12,25 @@ from papermill.exceptions import PapermillExecutionError
 from focuslib.errors import UserError
 from focuslib.params import project_root, read_params
 
-EXPERIMENTS = ("main", "baselines")
+EXPERIMENTS = ("main", "baselines", "dse", "int8", "image")
 
 
-def execute(experiment: str, profile: str) -> Path:
+def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> Path:
     """Run notebooks/<experiment>.ipynb with params/<profile>/<experiment>.yaml; returns the executed copy.
 
-    The notebook's own progress goes to the terminal. Raises UserError for wrong parameters or a failed cell.
+    changes: replace values of the file; `profile` among them names another results folder. The notebook's own progress
+    goes to the terminal. Raises UserError for wrong parameters or a failed cell.
     """
     root = project_root()
     source = root / "notebooks" / f"{experiment}.ipynb"
     params_file = root / "params" / profile / f"{experiment}.yaml"
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
-    params = read_params(params_file)
+    params = read_params(params_file) | (changes or {})
     known = set(papermill.inspect_notebook(str(source)))
     if unknown := sorted(set(params) - known):
         raise UserError(f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}")
-    target = root / "results" / profile / f"{experiment}.ipynb"
+    target = root / "results" / params.get("profile", profile) / f"{experiment}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial.ipynb")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel start prints a debugger warning

@@ -51,12 +51,12 @@ class Run:
     @property
     def trace(self) -> Trace:
         """The latest prefill's trace; the block must have been entered with trace=True."""
-        if not self.last.codes:
+        writer = self.last.codes
+        if writer is None or not writer.records:
             raise UserError(f"no trace was recorded; use {self.method.name}(vlm, trace=True)")
-        codes = {site: torch.stack(layers) for site, layers in self.last.codes.items()}
-        settings = self.method
-        doublings = settings.max_doublings(self.last.grid.num_frames, self.last.grid.length)
-        return Trace(self.last.grid, codes, settings.frame_block, settings.block, doublings)
+        settings, grid = self.method, self.last.grid
+        doublings = settings.max_doublings(grid.num_frames, grid.length)
+        return writer.read(grid, settings.frame_block, settings.block, doublings)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

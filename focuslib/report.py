@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from focuslib.errors import UserError
-from focuslib.experiments import CellResult, collect
+from focuslib.experiments import Cell, CellResult, collect, load_cell
 from focuslib.measure import measure
 from focuslib.methods.settings import make_method
 from focuslib.ops import SITES
@@ -64,7 +64,7 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
         row = {
             "Model": cell.model,
             "Dataset": cell.dataset,
-            "Method": cell.method,
+            "Method": method_label(cell),
             "Questions": len(scores),
             "Score": result.score,
             "Right": 100 * float(np.mean(scores)),
@@ -75,7 +75,7 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             "Tokens at the end": 100 * float(np.mean([s["retained"][-1] / s["visual_tokens"] for s in _read(result)])),
         }
         base = dense.get((cell.model, cell.dataset))
-        if base is not None and cell.method != "dense":
+        if base is not None and row["Method"] != "dense":
             difference, half = paired_difference(base, result)
             row |= {"Difference": 100 * difference, "Difference ±": 100 * half}
         rows.append(row)
@@ -93,7 +93,7 @@ def accuracy_table(results: list[CellResult]) -> pd.DataFrame:
     """accuracy.csv: one row a (model, data set), one column a method, two decimals, empty where not run."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:
-        column = ACCURACY_COLUMNS.get(result.cell.method)
+        column = ACCURACY_COLUMNS.get(method_label(result.cell))
         if result.cell.kind == "accuracy" and column:
             rows.setdefault((result.cell.model, result.cell.dataset), {})[column] = f"{result.score:.2f}"
     return pd.DataFrame(
@@ -120,7 +120,7 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
     """meta_data.csv: the geometry of the sample whose trace was written."""
     rows = []
     for result in results:
-        if result.cell.kind != "trace" or result.cell.method != "focus":
+        if result.cell.kind != "trace" or method_label(result.cell) != "focus":
             continue
         sample = result.samples[result.median_index]
         rows.append({
@@ -136,8 +136,8 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
 
 
 def write_tables(folder: Path) -> None:
-    """Write every CSV that the results in a folder allow."""
-    results = collect(folder)
+    """Write every CSV that the results in a folder allow, but for those of the design space (dse.write_tables)."""
+    results = _most_questions(collect(folder, skip=("dse",)))
     tables = {
         "accuracy": accuracy_table(results),
         "meta_data": meta_data_table(results),
@@ -194,7 +194,7 @@ def site_sparsity_figure(results: list[CellResult]) -> Figure:
 def retained_figure(results: list[CellResult]) -> Figure:
     """Visual tokens that reach each layer's MLP, in percent of the original, one panel a data set."""
     rows = [
-        {"Dataset": r.cell.dataset, "Method": r.cell.method, "Layer": layer, "Tokens kept (%)": 100 * value}
+        {"Dataset": r.cell.dataset, "Method": method_label(r.cell), "Layer": layer, "Tokens kept (%)": 100 * value}
         for r in results
         if r.cell.kind == "accuracy"
         for layer, value in enumerate(
@@ -246,17 +246,17 @@ def mcnemar(base: CellResult, other: CellResult) -> tuple[int, int, float]:
 def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFrame:
     """Every other method against one, question by question: difference with its interval, exact McNemar test."""
     accuracy = [r for r in results if r.cell.kind == "accuracy"]
-    base = {(r.cell.model, r.cell.dataset): r for r in accuracy if r.cell.method == against}
+    base = {(r.cell.model, r.cell.dataset): r for r in accuracy if method_label(r.cell) == against}
     rows = []
     for result in accuracy:
         key = (result.cell.model, result.cell.dataset)
-        if result.cell.method == against or key not in base:
+        if method_label(result.cell) == against or key not in base:
             continue
         difference, half = paired_difference(base[key], result)
         lost, won, p = mcnemar(base[key], result)
         rows.append({
-            "Model": key[0], "Dataset": key[1], "Method": result.cell.method, f"Minus {against}": 100 * difference,
-            "±": 100 * half, f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
+            "Model": key[0], "Dataset": key[1], "Method": method_label(result.cell),
+            f"Minus {against}": 100 * difference, "±": 100 * half, f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -305,7 +305,7 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
     The methods here emulate the savings of an accelerator; this table says what the emulation itself costs.
     Time: the shortest of `repeats` prefills. Memory: above what the loaded model takes.
     """
-    from focuslib.evaluate import load_vlm, question
+    from focuslib.evaluate import question
 
     rows, vlm, loaded = [], None, None
     for result in results:
@@ -313,7 +313,7 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
         if cell.kind != "accuracy":
             continue
         if loaded != (cell.model, cell.checkpoint):
-            vlm = load_vlm(cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype)
+            vlm = load_cell(cell)
             loaded = (cell.model, cell.checkpoint)
         inputs = vlm.prepare(*question(cell.dataset, vlm.name, 0))
         with make_method(cell.method, cell.settings)(vlm) as run:
@@ -326,14 +326,30 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def method_label(cell: Cell) -> str:
+    """A method's name in tables: with the precision before it where the model is quantised, as published."""
+    return f"{cell.quantization}_{cell.method}" if cell.quantization else cell.method
+
+
+def _most_questions(results: list[CellResult]) -> list[CellResult]:
+    """Of the cells that differ only in how many questions they ask, the one that asks most."""
+    chosen: dict[tuple, CellResult] = {}
+    for result in results:
+        cell = result.cell
+        key = (cell.kind, cell.model, cell.dataset, method_label(cell))
+        if key not in chosen or len(result.samples) > len(chosen[key].samples):
+            chosen[key] = result
+    return list(chosen.values())
+
+
 def _dense(results: list[CellResult]) -> dict[tuple[str, str], CellResult]:
     """The dense result of each (model, data set)."""
-    chosen = [r for r in results if r.cell.kind == "accuracy" and r.cell.method == "dense"]
+    chosen = [r for r in results if r.cell.kind == "accuracy" and method_label(r.cell) == "dense"]
     return {(r.cell.model, r.cell.dataset): r for r in chosen}
 
 
 def _focus(results: list[CellResult]) -> list[CellResult]:
-    return [r for r in results if r.cell.kind == "accuracy" and r.cell.method == "focus"]
+    return [r for r in results if r.cell.kind == "accuracy" and method_label(r.cell) == "focus"]
 
 
 def _read(result: CellResult) -> list[dict]:
@@ -371,13 +387,31 @@ def example_clip(results: list[CellResult]) -> Figure | None:
     chosen = _focus(results)
     if not chosen:
         return None
-    from focuslib.evaluate import load_vlm, question
+    from focuslib.evaluate import question
 
     cell = chosen[-1].cell
-    vlm = load_vlm(cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype)
+    vlm = load_cell(cell)
     media, prompt = question(cell.dataset, vlm.name, 0)
     with make_method(cell.method, cell.settings)(vlm) as run:
         answer = vlm.generate(media, prompt)
     kept = {layer: positions.numpy() for layer, positions in run.last.kept.items()}
     title = f"{prompt.splitlines()[0]} → {answer} ({100 * run.sparsity:.0f} % of the computation saved)"
     return kept_tokens_figure(vlm.frames(media), run.last.grid, kept, title)
+
+
+def example_view(results: list[CellResult]) -> None:
+    """Show the same question as a view that needs no kernel, with a picture for viewers that run no scripts."""
+    chosen = _focus(results)
+    if not chosen:
+        return
+    from IPython.display import HTML, Image, display
+
+    from focuslib.evaluate import question
+    from focuslib.explore import view_html, view_png
+    from focuslib.view_data import run_view
+
+    cell = chosen[-1].cell
+    vlm = load_cell(cell)
+    method = make_method(cell.method, cell.settings)
+    data = run_view(vlm, *question(cell.dataset, vlm.name, 0), method, method)
+    display(HTML(view_html(data)), Image(view_png(data)))

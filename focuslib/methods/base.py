@@ -12,6 +12,7 @@ from torch import Tensor
 from focuslib.grid import VisualGrid
 from focuslib.ops import Counts, DecoderShape, SiteCounts
 from focuslib.similarity import ITSELF, ZERO
+from focuslib.trace import TraceWriter
 
 if TYPE_CHECKING:
     from focuslib.models.base import VLM
@@ -24,7 +25,7 @@ class PrefillRecord:
 
     retained: visual tokens each layer's MLP sees. kept: layer → their positions after a drop at that layer ([k] int64, CPU).
     counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
-    codes: site → one [S, V] uint8 tensor a layer (see trace.Trace), only when a trace was asked for.
+    codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
     """
 
@@ -33,7 +34,7 @@ class PrefillRecord:
     retained: list[int] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     counts: Counts = None
-    codes: dict[str, list[Tensor]] = field(default_factory=dict)
+    codes: TraceWriter | None = None
     stats: dict[str, float] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
 
@@ -56,8 +57,7 @@ class Prefill:
         self.length = length
         self.present = torch.arange(grid.length, device=device)
         self.state: dict[str, Any] = {}
-        self.record = PrefillRecord(grid, shape)
-        self._keep_codes = keep_codes
+        self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
 
     @property
     def visual(self) -> slice:
@@ -85,10 +85,10 @@ class Prefill:
             similar=int((~is_zero & (codes != ITSELF)).sum()),
             empty_tokens=int(is_zero.all(1).sum()) + absent,
         )
-        if self._keep_codes:
+        if self.record.codes is not None:
             full = codes.new_full((self.grid.length, vectors), ZERO)
             full[self.present] = codes
-            self.record.codes.setdefault(site, []).append(full.cpu())
+            self.record.codes.add(layer, site, full)
 
 
 @dataclass(frozen=True)

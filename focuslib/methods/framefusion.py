@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuslib.errors import UserError
+from focuslib.errors import InputError, UserError
 from focuslib.methods.base import Method, Prefill, PrefillRecord
 from focuslib.methods.frames import require_frames, tokens_per_frame
 from focuslib.semantic import attention_rows, most_important
@@ -119,7 +119,7 @@ class FrameFusion(Method):
 def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
     """Share of the present visual tokens that has to go now for the whole prefill to cost `cost` of the dense one.
 
-    shares: what each call so far removed; one layer ran after each. Raises UserError if the budget is already spent.
+    shares: what each call so far removed; one layer ran after each. Raises InputError if the budget is already spent.
     """
     spent, present = 0.0, 1.0
     for share in shares:
@@ -127,7 +127,7 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
         spent += present
     left = layers * cost - spent
     if left < 0:
-        raise UserError(
+        raise InputError(
             f"framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost {spent / layers:.3f} while "
             "merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
         )

@@ -1,6 +1,6 @@
 """Whole frames of a visual grid, for the methods that work frame by frame."""
 
-from focuslib.errors import UserError
+from focuslib.errors import InputError
 from focuslib.grid import VisualGrid
 
 
@@ -22,10 +22,10 @@ def tokens_per_frame(grid: VisualGrid) -> int:
 
 
 def require_frames(method: str, grid: VisualGrid) -> None:
-    """Raise UserError unless the visual tokens are two or more whole frames."""
+    """Raise InputError unless the visual tokens are two or more whole frames."""
     if grid.num_frames < 2 or tokens_per_frame(grid) < grid.height * grid.height_stride:
-        raise UserError(f"{method}: the input has one frame; the method compares frames, so give it a video")
+        raise InputError(f"{method}: the input has one frame; the method compares frames, so give it a video")
     if grid.length % grid.num_frames:
-        raise UserError(
+        raise InputError(
             f"{method}: {grid.length} visual tokens are not {grid.num_frames} equal frames; give a video's grid"
         )

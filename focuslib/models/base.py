@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
+from focuslib.layout import TokenLayout, rows_layout
 from focuslib.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
+from focuslib.models.quantize import int8_config
 
 # A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, or frames [F, H, W, 3] uint8.
 Media = str | Path | Image.Image | np.ndarray
@@ -41,12 +43,14 @@ class VLM:
 
     grid: the grid of the inputs that ran last or run now; the patch reads it.
     generation: arguments of generate that this model's published evaluation keeps.
+    unquantized: modules that quantization leaves alone: all but the language model's layers.
     """
 
     name: ClassVar[str]
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
     generation: ClassVar[dict[str, Any]] = {}
+    unquantized: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
         self.model = model.eval()
@@ -68,10 +72,13 @@ class VLM:
     ) -> VLM:
         """Load a checkpoint folder or hub id (None: the published checkpoint).
 
-        dtype, device, device_map, quantization: see checkpoint.load_model. sampling: which frames of a video are seen.
+        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (the language model in LLM.int8)
+        or what checkpoint.load_model takes. sampling: which frames of a video are seen.
         options: of the family's `architecture`.
         Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
         """
+        if quantization == "int8":
+            quantization = int8_config(cls.unquantized)
         folder = resolve_folder(pretrained or cls.checkpoint)
         architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
         model = load_model(
@@ -104,6 +111,10 @@ class VLM:
     def prepare(self, media: Media | None, prompt: str) -> Inputs:
         """Inputs for one prompt about one video or image."""
         raise NotImplementedError
+
+    def layout(self, grid: VisualGrid, size: tuple[int, int]) -> TokenLayout:
+        """Where the visual tokens of media of `size` (height, width) lie in its pictures, for drawing."""
+        return rows_layout(grid)
 
     def open(self, media: Media) -> Image.Image | np.ndarray:
         """An RGB image, or the sampled frames of a video [F, H, W, 3] uint8."""

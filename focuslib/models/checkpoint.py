@@ -29,15 +29,16 @@ class Architecture:
     key_mapping: dict[str, str] | None = None
 
 
-def resolve_folder(pretrained: str | Path) -> Path:
-    """The local folder of a checkpoint. Raises UserError if there is none."""
+def resolve_folder(pretrained: str | Path, download: bool = True) -> Path:
+    """The local folder of a checkpoint. Raises UserError if there is none. download: fetch what the hub's cache lacks."""
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(pretrained), allow_patterns=FILES))
+            folder = Path(snapshot_download(str(pretrained), allow_patterns=FILES, local_files_only=not download))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            where = f"the hub has not delivered it ({type(error).__name__})" if download else "the hub's cache lacks it"
             raise UserError(
-                f"{pretrained}: no such folder, and the hub has not delivered it ({type(error).__name__}); "
+                f"{pretrained}: no such folder, and {where}; "
                 f"download it where there is a network: hf download {pretrained}"
             ) from error
     if not (folder / "config.json").is_file():

@@ -17,8 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import get_any
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
+from focuslib.layout import TokenLayout, tiles_layout
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
-from focuslib.models.checkpoint import Architecture, qwen2_config
+from focuslib.models.checkpoint import Architecture, qwen2_config, read_json
 
 # Original (lmms-lab) parameter names → transformers names. The patterns exclude each other, so their order is free.
 KEY_MAPPING = {
@@ -46,6 +47,7 @@ class Llava(VLM):
     stock_layout: whether checkpoints in the transformers layout are of this family (they pool like LLaVA-OneVision).
     """
 
+    unquantized = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
     newline_position: ClassVar[str]
     stock_layout: ClassVar[bool]
 
@@ -55,7 +57,7 @@ class Llava(VLM):
     ) -> Architecture:
         """The stock model, from the original layout or (LLaVA-OneVision) the transformers one.
 
-        vision_config: the tower's dimensions, for an original checkpoint whose tower is not SigLIP so400m.
+        vision_config: the tower's dimensions, where an original checkpoint does not tell them.
         """
         family = raw.get("model_type")
         if family == "llava_onevision" and cls.stock_layout:
@@ -66,7 +68,7 @@ class Llava(VLM):
                 raise UserError(
                     f"{folder}: a LLaVA whose newline position is {newline!r}; {cls.name} has {cls.newline_position!r}"
                 )
-            config, mapping = original_config(folder, raw, vision_config or SIGLIP_SO400M), KEY_MAPPING
+            config, mapping = original_config(folder, raw, vision_config or tower_dimensions(folder, raw)), KEY_MAPPING
         else:
             wanted = "llava_onevision or llava_qwen" if cls.stock_layout else "llava_qwen (the original layout)"
             raise UserError(f"{folder}: a checkpoint of model type {family!r}; {cls.name} needs {wanted}")
@@ -155,6 +157,11 @@ class Llava(VLM):
         frames = max(1, length // math.ceil(side / 2) ** 2)
         return VisualGrid(start, length, frames, height, width, frame_stride=side, height_stride=width)
 
+    def layout(self, grid: VisualGrid, size: tuple[int, int]) -> TokenLayout:
+        if grid == self.image_grid(grid.start, size):
+            return tiles_layout(self.patches_per_side, *self.tile_map_shape(size))
+        return super().layout(grid, size)
+
     @torch.inference_mode()
     def assemble_ids(self, before: list[int], features: Tensor | None, after: list[int], num_frames: int) -> Inputs:
         """Embed the text (token ids) around the features of a video of `num_frames`; None: no video."""
@@ -174,6 +181,17 @@ class Llava(VLM):
         if features is not None:
             parts.insert(1, features.to(parts[0]))
         return self.inputs_from_embeds(torch.cat(parts), grid)
+
+
+def tower_dimensions(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Those of SigLIP so400m, unless an original checkpoint's `mm_vision_tower` is a folder with a config.json."""
+    name = raw.get("mm_vision_tower")
+    file = folder / name / "config.json" if name else None
+    if file is None or not file.is_file():
+        return SIGLIP_SO400M
+    tower = read_json(file)
+    tower = tower.get("vision_config", tower)
+    return {key: tower.get(key, value) for key, value in SIGLIP_SO400M.items()}
 
 
 def original_config(folder: Path, raw: dict[str, Any], vision: dict[str, Any]) -> LlavaOnevisionConfig:

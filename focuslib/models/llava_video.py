@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import VisualGrid
+from focuslib.layout import TokenLayout, rows_layout
 from focuslib.media import FrameSampling
 from focuslib.models.llava import Llava
 
@@ -16,6 +17,7 @@ class LlavaVideo(Llava):
     """LLaVA-Video (Qwen2): a frame a second, at most 64; average-pooled to 13 × 13 tokens, a newline after each row."""
 
     name = "llava_vid"
+    checkpoint = "lmms-lab/LLaVA-Video-7B-Qwen2"
     default_sampling = FrameSampling(max_frames=64, per_second=1)
     newline_position = "grid"
     stock_layout = False
@@ -38,3 +40,7 @@ class LlavaVideo(Llava):
         columns = rows + 1
         frame = rows * columns
         return VisualGrid(start, num_frames * frame, num_frames, rows, columns, frame, columns)
+
+    def layout(self, grid: VisualGrid, size: tuple[int, int]) -> TokenLayout:
+        is_video = grid == self.video_grid(grid.start, grid.num_frames)
+        return rows_layout(grid, newline=True) if is_video else super().layout(grid, size)

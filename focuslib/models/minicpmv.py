@@ -13,6 +13,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionCo
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
+from focuslib.layout import TokenLayout, slices_layout
 from focuslib.media import FrameSampling
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config
@@ -30,6 +31,8 @@ class MiniCPMV(VLM):
     """MiniCPM-V 2.6: a frame a second, at most 64; 64 tokens for a frame and for each of its (at most two) slices."""
 
     name = "minicpm_v"
+    checkpoint = "openbmb/MiniCPM-V-2_6"
+    unquantized = ("llm.lm_head", "vpm", "resampler")
     default_sampling = FrameSampling(max_frames=64, per_second=1, centred=True)
     generation: ClassVar[dict[str, Any]] = {"repetition_penalty": 1.2, "pad_token_id": 0}
 
@@ -120,6 +123,10 @@ class MiniCPMV(VLM):
         queries = self.model.config.query_num
         side = math.isqrt(queries)
         return VisualGrid(start, length, num_frames, side, side, frame_stride=3 * queries + 7, height_stride=side)
+
+    def layout(self, grid: VisualGrid, size: tuple[int, int]) -> TokenLayout:
+        slices = slice_grid((size[1], size[0])) or (0, 0)
+        return slices_layout(grid.num_frames, grid.length // grid.num_frames, self.model.config.query_num, slices)
 
 
 def _where(ids: list[int], wanted: tuple[int, ...]) -> list[int]:

@@ -22,6 +22,8 @@ class Qwen25VL(VLM):
     """Qwen2.5-VL: an image at its own aspect ratio, one token for 28 × 28 pixels."""
 
     name = "qwen2_5_vl"
+    checkpoint = "Qwen/Qwen2.5-VL-7B-Instruct"
+    unquantized = ("lm_head", "model.visual")
     default_sampling = FrameSampling(max_frames=1)
 
     @classmethod

@@ -1,0 +1,39 @@
+"""Run all experiment notebooks of a profile in order, and say at the end what became of them."""
+
+import time
+from typing import Any
+
+from focuslib.errors import UserError
+from focuslib.experiments import planned_cells, read_status
+from focuslib.notebooks import EXPERIMENTS, execute
+from focuslib.params import project_root, read_params
+from focuslib.progress import announce
+
+
+def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | None = None) -> bool:
+    """Run the notebooks, or one; a failing one does not stop the others. Returns whether all cells have a result.
+
+    changes: replace values of every parameter file (see notebooks.execute). Prints one summary.
+    Raises UserError for a mistake in any parameter file, before anything runs.
+    """
+    if only and only not in EXPERIMENTS:
+        raise UserError(f"unknown notebook {only!r}; one of {', '.join(EXPERIMENTS)}")
+    folder = project_root() / "params" / profile
+    has = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").exists()]
+    chosen = [only] if only else has or EXPERIMENTS  # a profile need not have all; one without any is a mistake
+    counts = [len(planned_cells(name, read_params(folder / f"{name}.yaml") | (changes or {}))) for name in chosen]
+    start, lines, whole = time.time(), [], True
+    for number, experiment in enumerate(chosen):
+        announce(sum(counts[:number]), sum(counts), start)
+        began = time.time()
+        try:
+            notebook = execute(experiment, profile, changes)
+            status = read_status(notebook.parent, experiment)
+            what, complete = f"{status['text']}\ntables and figures: {notebook}", status["complete"]
+        except UserError as error:
+            what, complete = f"failed: {error}", False
+        lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
+        whole &= complete
+    headline = "all is there" if whole else "not all is there"
+    print(f"\n{headline}, after {(time.time() - start) / 60:.1f} min", *lines, sep="\n")
+    return whole
