@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--model", default="tiny_onevision", help="adapter name (default %(default)s)")
     shared.add_argument("--checkpoint", help="checkpoint folder or hub id (default: the adapter's published one)")
     shared.add_argument("--method", default="focus", help="dense, focus, … (default %(default)s)")
-    shared.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method")
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method"
+    )
     shared.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default %(default)s)")
     shared.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default)")
@@ -67,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument("--grid", action="append", metavar="NAME=A,B,C", help="values to try; lists are written 1:3:5")
     choice.add_argument("--bisect", metavar="NAME=LOW,HIGH", help="one setting to bisect")
     tune.add_argument("--target-sparsity", type=float, help="computation sparsity in percent, with --bisect")
-    tune.add_argument("--tolerance", type=float, default=2.0, help="points that may be lost to dense (default %(default)s)")
+    tune.add_argument(
+        "--tolerance", type=float, default=2.0, help="points that may be lost to dense (default %(default)s)"
+    )
     tune.add_argument("--out", type=Path, default=Path("results/tune"), help="folder of results (default %(default)s)")
     tune.set_defaults(run=_tune)
 
@@ -167,7 +171,11 @@ def _tune(options: argparse.Namespace) -> int:
         grid = {name: values.split(",") for name, values in (_assignment(text, "--grid") for text in options.grid)}
         table = grid_search(options.method, grid, options.task, common, options.out)
         best = best_row(table, options.tolerance)
-        said = f"sparsest within {options.tolerance} points of dense" if best["Difference"] >= -options.tolerance else "best"
+        said = (
+            f"sparsest within {options.tolerance} points of dense"
+            if best["Difference"] >= -options.tolerance
+            else "best"
+        )
     else:
         if options.target_sparsity is None:
             raise UserError("--bisect needs --target-sparsity, such as --target-sparsity 70")

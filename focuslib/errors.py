@@ -1,6 +1,5 @@
 """The one exception a user's mistake or bad input raises: its message is the whole story, no traceback needed."""
 
-
 import difflib
 
 

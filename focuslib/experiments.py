@@ -205,7 +205,9 @@ def comparison_cells(params: dict[str, Any], traces: bool = False) -> list[Cell]
             if method == "focus" and traces:
                 cells.append(make_cell("trace", method=method, **first))
         for method, settings in (params.get("matched") or {}).items():
-            cells.append(make_cell("matched", method=method, settings=settings, limit=params["matched_limit"], **common))
+            cells.append(
+                make_cell("matched", method=method, settings=settings, limit=params["matched_limit"], **common)
+            )
     return cells
 
 
@@ -406,9 +408,7 @@ def load_cell(cell: Cell) -> VLM:
     """The model a cell runs on, as it runs on it."""
     from focuslib.evaluate import load_vlm  # imports lmms-eval, which a fully resumed run does not need
 
-    return load_vlm(
-        cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype, quantization=cell.quantization
-    )
+    return load_vlm(cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype, quantization=cell.quantization)
 
 
 def _run(cell: Cell, path: Path, loaded: _Loader) -> None:

@@ -29,7 +29,9 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
     params = read_params(params_file) | (changes or {})
     known = set(papermill.inspect_notebook(str(source)))
     if unknown := sorted(set(params) - known):
-        raise UserError(f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}")
+        raise UserError(
+            f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}"
+        )
     target = root / "results" / params.get("profile", profile) / f"{experiment}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial.ipynb")

@@ -107,9 +107,7 @@ def concentrated_operations(shape: DecoderShape, counts: Counts, *, sec_only: bo
     total = 0
     for layer in counts.layers:
         present = counts.tokens - layer["query"].empty_tokens
-        computed = {
-            site: present if sec_only else _computed_rows(layer[site], counts.tokens) for site in SITES
-        }
+        computed = {site: present if sec_only else _computed_rows(layer[site], counts.tokens) for site in SITES}
         total += sum(computed[site] * cost for site, cost in linear_operations(shape).items())
         total += (computed["query"] * present + present * present) * shape.hidden // 2
     return total

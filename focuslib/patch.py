@@ -66,7 +66,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
             return module
     raise UserError(
-        f"{type(model).__name__} has no decoder of the Llama/Qwen2 shape (self_attn.q_proj …, mlp.gate_proj …, two norms)"
+        f"{type(model).__name__} has no decoder of the Llama/Qwen2 shape (self_attn.q_proj, mlp.gate_proj, two norms …)"
     )
 
 
@@ -129,7 +129,7 @@ class _Patch:
         active = next((_patches[a] for a in attentions if a in _patches), None)
         if active is not None:
             raise UserError(
-                f"{active.method.name} is installed on this model already; leave its block before using {self.method.name}"
+                f"{active.method.name} is installed on this model already; leave its block before {self.method.name}"
             )
         for attention in attentions:
             _patches[attention] = self
@@ -163,9 +163,13 @@ class _Patch:
         if seen and tokens == 1:
             return
         if batch != 1:
-            raise UserError(f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)")
+            raise UserError(
+                f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)"
+            )
         if seen:
-            raise UserError(f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass")
+            raise UserError(
+                f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
+            )
         grid: VisualGrid | None = self.vlm.grid
         if grid is None or grid.stop > tokens:
             raise UserError(f"{self.method.name}: the prompt has no visual tokens; give a video or an image")

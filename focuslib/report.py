@@ -197,9 +197,7 @@ def retained_figure(results: list[CellResult]) -> Figure:
         {"Dataset": r.cell.dataset, "Method": method_label(r.cell), "Layer": layer, "Tokens kept (%)": 100 * value}
         for r in results
         if r.cell.kind == "accuracy"
-        for layer, value in enumerate(
-            np.mean([np.array(s["retained"]) / s["visual_tokens"] for s in _read(r)], axis=0)
-        )
+        for layer, value in enumerate(np.mean([np.array(s["retained"]) / s["visual_tokens"] for s in _read(r)], axis=0))
     ]
     return _lines(rows, y="Tokens kept (%)", hue="Method")
 
@@ -222,7 +220,10 @@ def kept_tokens_figure(frames: np.ndarray, grid, kept: dict[int, np.ndarray], ti
         for axis, frame in zip(line, shown, strict=True):
             tokens = mask[frame][: grid.height * grid.height_stride].reshape(grid.height, grid.height_stride)
             tokens = tokens[:, : grid.width]
-            rise, run = np.linspace(0, grid.height, height, endpoint=False), np.linspace(0, grid.width, width, endpoint=False)
+            rise, run = (
+                np.linspace(0, grid.height, height, endpoint=False),
+                np.linspace(0, grid.width, width, endpoint=False),
+            )
             light = np.where(tokens[np.ix_(rise.astype(int), run.astype(int))], 1.0, 0.15)[..., None]
             axis.imshow((frames[frame] * light).astype(np.uint8))
             axis.set_xticks([])
@@ -237,7 +238,9 @@ def kept_tokens_figure(frames: np.ndarray, grid, kept: dict[int, np.ndarray], ti
 def mcnemar(base: CellResult, other: CellResult) -> tuple[int, int, float]:
     """Questions only `base` got right, only `other` got right, and the exact two-sided McNemar p-value."""
     scores = {(s["task"], s["doc_id"]): s["score"] > 0.5 for s in base.samples}
-    pairs = [(scores[s["task"], s["doc_id"]], s["score"] > 0.5) for s in other.samples if (s["task"], s["doc_id"]) in scores]
+    pairs = [
+        (scores[s["task"], s["doc_id"]], s["score"] > 0.5) for s in other.samples if (s["task"], s["doc_id"]) in scores
+    ]
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won)
     return lost, won, min(1.0, 2 * tail)
@@ -256,7 +259,8 @@ def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFr
         lost, won, p = mcnemar(base[key], result)
         rows.append({
             "Model": key[0], "Dataset": key[1], "Method": method_label(result.cell),
-            f"Minus {against}": 100 * difference, "±": 100 * half, f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
+            f"Minus {against}": 100 * difference, "±": 100 * half,
+            f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -290,7 +294,8 @@ def trade_off_figure(results: list[CellResult]) -> Figure:
         for marker, (_, row) in zip("osD^v<>P", rows.iterrows(), strict=False):
             spread = [[row["Right"] - row["Low"]], [row["High"] - row["Right"]]]
             axis.errorbar(
-                row["Computation sparsity"], row["Right"], xerr=row["Sparsity ±"], yerr=spread, fmt=marker, color=colours[row["Method"]], label=row["Method"], capsize=3,
+                row["Computation sparsity"], row["Right"], xerr=row["Sparsity ±"], yerr=spread, fmt=marker,
+                color=colours[row["Method"]], label=row["Method"], capsize=3,
             )  # fmt: skip
         axis.set_title(f"{model}\n{dataset}", fontsize=9)
         axis.set_xlabel("computation sparsity (%)")
@@ -321,7 +326,8 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
             seconds, mebibytes = measure(lambda inputs=inputs, vlm=vlm: vlm.prefill(inputs), repeats, vlm.device)
         rows.append({
             "Model": cell.model, "Dataset": cell.dataset, "Method": cell.method,
-            "Operations left (%)": 100 * (1 - run.sparsity), "Prefill (ms)": 1000 * seconds, "Peak memory (MiB)": mebibytes,
+            "Operations left (%)": 100 * (1 - run.sparsity),
+            "Prefill (ms)": 1000 * seconds, "Peak memory (MiB)": mebibytes,
         })  # fmt: skip
     return pd.DataFrame(rows)
 

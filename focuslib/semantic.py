@@ -1,4 +1,4 @@
-"""Semantic concentration (SEC): keep the visual tokens the prompt attends to. Paper: Focus (HPCA 2026), semantic concentrator."""
+"""Semantic concentration (SEC): keep the visual tokens the prompt attends to. Paper: Focus (HPCA 2026)."""
 
 import torch
 from torch import Tensor

@@ -15,7 +15,7 @@ ITSELF = 0  # code of a vector that no candidate is similar enough to
 ZERO = 255  # code of a vector whose entries are all zero
 MAX_CANDIDATES = 254
 
-# Working set of one pass over a block of rows. On a CPU it has to stay in a core's cache; on a GPU it only bounds memory.
+# Working set of one pass over a block of rows. On a CPU it has to fit a core's cache; on a GPU it bounds memory.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 19, 1 << 28
 
 

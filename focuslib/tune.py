@@ -16,7 +16,9 @@ from focuslib.report import mean_interval, paired_difference
 Common = dict[str, Any]  # the arguments of make_cell that all settings share, but for the data set
 
 
-def grid_search(method: str, grid: dict[str, list[str]], datasets: list[str], common: Common, folder: Path) -> pd.DataFrame:
+def grid_search(
+    method: str, grid: dict[str, list[str]], datasets: list[str], common: Common, folder: Path
+) -> pd.DataFrame:
     """Score every combination of the grid's values, and dense, on all data sets.
 
     Returns one row a setting: the values, mean score over the data sets, mean difference to dense on the same questions
@@ -71,7 +73,9 @@ def close(
             high = middle
 
 
-def _score(method: str, settings: dict[str, Any], datasets: list[str], common: Common, folder: Path) -> dict[str, float]:
+def _score(
+    method: str, settings: dict[str, Any], datasets: list[str], common: Common, folder: Path
+) -> dict[str, float]:
     """Mean score, difference to dense and sparsity over the data sets."""
     cells = [
         make_cell("accuracy", dataset=dataset, method=name, settings=chosen, **common)

@@ -12,7 +12,14 @@ from focuslib.experiments import collect, make_cell, median_index, read_result, 
 from focuslib.models import TinyOnevision
 from focuslib.ops import SITES
 
-COMMON = {"model": "tiny_onevision", "dataset": "tinyvideo_motion", "limit": 3, "device": "cpu", "dtype": "float32", "seed": 0}
+COMMON = {
+    "model": "tiny_onevision",
+    "dataset": "tinyvideo_motion",
+    "limit": 3,
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 0,
+}
 SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_size": 16, "m_tile": 64}
 
 
@@ -148,7 +155,7 @@ def test_an_unreadable_video_is_one_recorded_failure(cells, tmp_path, monkeypatc
 
 
 def test_a_result_names_everything_that_decides_it(cells, tmp_path):
-    dense, focus, trace = cells
+    dense, focus, _ = cells
     assert len({cell.name() for cell in cells}) == 3
     settings = {**SMALL, "similarity_threshold": 0.8}
     other = make_cell("accuracy", method="focus", checkpoint=focus.checkpoint, settings=settings, **COMMON)
@@ -218,7 +225,7 @@ def test_yaml_typo_is_one_line(tmp_path):
         ("just words", "must hold names and values"),
     ]:
         bad.write_text(text)
-        with pytest.raises(UserError, match="main.yaml") as error:
+        with pytest.raises(UserError, match=r"main\.yaml") as error:
             read_params(bad)
         assert line in str(error.value)
 

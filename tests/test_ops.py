@@ -2,7 +2,15 @@
 
 import pytest
 
-from focuslib.ops import SITES, Counts, DecoderShape, SiteCounts, cmc_operations, concentrated_operations, dense_operations
+from focuslib.ops import (
+    SITES,
+    Counts,
+    DecoderShape,
+    SiteCounts,
+    cmc_operations,
+    concentrated_operations,
+    dense_operations,
+)
 
 
 @pytest.mark.parametrize("case", ["focus", "sec_only"])
@@ -13,15 +21,17 @@ def test_equals_published_counts(golden, case):
     for layer in range(meta["layers"]):
         zero = {site: data[f"mask_zero.{site}"][layer, 0] for site in SITES}
         similar = {site: data[f"mask_similar.{site}"][layer, 0] for site in SITES}
-        counts.layers.append({
-            site: SiteCounts(
-                vectors=zero[site].shape[1],
-                zero=int(zero[site].sum()),
-                similar=int(similar[site].sum()),
-                empty_tokens=int(zero[site].all(1).sum()),
-            )
-            for site in SITES
-        })
+        counts.layers.append(
+            {
+                site: SiteCounts(
+                    vectors=zero[site].shape[1],
+                    zero=int(zero[site].sum()),
+                    similar=int(similar[site].sum()),
+                    empty_tokens=int(zero[site].all(1).sum()),
+                )
+                for site in SITES
+            }
+        )
     left = concentrated_operations(shape, counts, sec_only=meta["sec_only"])
     dense = dense_operations(shape, meta["visual_tokens"])
     assert (left, dense) == (meta["num_ops"], meta["dense_ops"])

@@ -44,6 +44,8 @@ def test_equal_importance_keeps_the_first():
     assert most_important(torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0]), 2).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(("total", "alpha", "left", "keep"), [(980, 0.6, 980, 588), (10, 0.01, 10, 1), (100, 0.5, 30, 30)])
+@pytest.mark.parametrize(
+    ("total", "alpha", "left", "keep"), [(980, 0.6, 980, 588), (10, 0.01, 10, 1), (100, 0.5, 30, 30)]
+)
 def test_tokens_to_keep(total, alpha, left, keep):
     assert tokens_to_keep(total, alpha, left) == keep

@@ -108,12 +108,18 @@ def problems(draw):
     x = x[positions]
     if len(x) and draw(st.booleans()):
         x[rng.integers(len(x))] = 0
-    return grid, x.astype(np.float32), positions, vector_size, {
-        "threshold": draw(st.sampled_from([0.0, 0.5, 0.8, 0.95])),
-        "frame_block": draw(st.integers(1, 3)),
-        "block": draw(st.integers(1, 3)),
-        "m_tile": draw(st.sampled_from([None, 5, 16])),
-    }
+    return (
+        grid,
+        x.astype(np.float32),
+        positions,
+        vector_size,
+        {
+            "threshold": draw(st.sampled_from([0.0, 0.5, 0.8, 0.95])),
+            "frame_block": draw(st.integers(1, 3)),
+            "block": draw(st.integers(1, 3)),
+            "m_tile": draw(st.sampled_from([None, 5, 16])),
+        },
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,9 +131,7 @@ def test_equals_float64_oracle(problem):
     values, pointer, margin = oracle(x, positions, grid, vector_size=vector_size, **options)
     if margin < 1e-5:
         return  # float32 may decide the other way
-    merged = concentrate(
-        torch.from_numpy(x), torch.from_numpy(positions), grid, vector_size=vector_size, **options
-    )
+    merged = concentrate(torch.from_numpy(x), torch.from_numpy(positions), grid, vector_size=vector_size, **options)
     torch.testing.assert_close(merged.values, torch.from_numpy(values).float(), rtol=1e-5, atol=1e-5)
     codes = torch.full((1, grid.length, merged.codes.shape[1]), ZERO, dtype=torch.uint8)
     codes[0, positions] = merged.codes

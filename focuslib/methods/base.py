@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class PrefillRecord:
     """What a method did in one prefill.
 
-    retained: visual tokens each layer's MLP sees. kept: layer → their positions after a drop at that layer ([k] int64, CPU).
+    retained: visual tokens each layer's MLP sees. kept: layer → positions after a drop there ([k] int64, CPU).
     counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
     codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
@@ -128,7 +128,7 @@ class Method:
         return queries
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
-        """Whether `on_probabilities` is to be called for this layer (costs forming the attention matrix, head by head)."""
+        """Whether `on_probabilities` is to be called for this layer (forms the attention matrix, head by head)."""
         return False
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ class Focus(Method):
     """Focus, with the published defaults of a 28-layer model.
 
     selected_layers: layers after whose attention visual tokens are pruned (SEC). retention: share of the original
-        visual tokens each of them keeps (α). similarity_threshold: cosine similarity a vector must exceed to be merged (τ).
-    vector_size: channels a vector. frame_block, block: candidates lie up to frame_block − 1 frames and block − 1 rows and
-        columns away. m_tile: tokens a GEMM tile, −1 for one tile. full_resolution: follow pointers to the root
+        visual tokens each of them keeps (α). similarity_threshold: cosine similarity above which vectors merge (τ).
+    vector_size: channels a vector. frame_block, block: candidates lie up to frame_block − 1 frames and block − 1 rows
+        and columns away. m_tile: tokens a GEMM tile, −1 for one tile. full_resolution: follow pointers to the root
         always (published: at most num_frames doublings, which stops early for single images).
     sec_only: the ablation without similarity concentration.
     """

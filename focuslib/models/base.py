@@ -72,7 +72,7 @@ class VLM:
     ) -> VLM:
         """Load a checkpoint folder or hub id (None: the published checkpoint).
 
-        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (the language model in LLM.int8)
+        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (the LLM in LLM.int8)
         or what checkpoint.load_model takes. sampling: which frames of a video are seen.
         options: of the family's `architecture`.
         Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.

@@ -30,7 +30,7 @@ class Architecture:
 
 
 def resolve_folder(pretrained: str | Path, download: bool = True) -> Path:
-    """The local folder of a checkpoint. Raises UserError if there is none. download: fetch what the hub's cache lacks."""
+    """The local folder of a checkpoint. Raises UserError if there is none. download: fetch what is not cached."""
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
         try:
