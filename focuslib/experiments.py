@@ -113,11 +113,17 @@ class Outcome:
     def summary(self) -> str:
         """One line on what ran, was resumed and failed, then a line a failure."""
         resumed = len(self.results) - self.ran
-        lines = [f"{self.ran} cells run, {resumed} resumed, {len(self.failed)} failed; results in {self.folder}"]
+        lines = [f"{self.ran} cells run, {resumed} resumed, {len(self.failed)} failed; results in {_shown(self.folder)}"]
         lines += [f"failed: {cell}: {why}" for cell, why in self.failed.items()]
         for result in self.results:
             lines += [f"unreadable: {result.cell}: {f['task']} {f['doc_id']}: {f['error']}" for f in result.failures]
         return "\n".join(lines)
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as the user knows it: from the project's root if it is inside."""
+    root = Path(focuslib.__file__).parent.parent
+    return folder.relative_to(root) if folder.is_relative_to(root) else folder
 
 
 def make_cell(

@@ -48,15 +48,17 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
         )
     except PapermillExecutionError as error:
         raise UserError(f"{source.name}: {error.ename}: {error.evalue} (partial notebook: {partial})") from error
-    _drop_progress(partial)
+    tidy(partial)
     partial.replace(target)
     return target
 
 
-def _drop_progress(path: Path) -> None:
-    """Take the progress bars, thousands of lines, out of an executed notebook."""
+def tidy(path: Path) -> None:
+    """Take out of an executed notebook what says nothing: progress bars, and the times and paths papermill notes."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, path)
