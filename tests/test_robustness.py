@@ -20,8 +20,8 @@ SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_siz
 QUESTIONS = 4
 
 RUN = """
-import resource, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, time
+import resource, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_robustness import cells, run
