@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,23 @@ SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_siz
 QUESTIONS = 4
 
 RUN = """
-import resource, signal, sys, time
+import os, resource, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_robustness import cells, run
-from focuslib.models import TinyOnevision
-original = TinyOnevision.prepare
-def slow(self, *args):
-    time.sleep(0.3)
-    return original(self, *args)
-TinyOnevision.prepare = slow
-if len(sys.argv) > 3:  # bytes that a file may have: a write beyond fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-print(run(cells(sys.argv[1]), Path(sys.argv[2])).summary())
+from focuslib.journal import Journal
+checkpoint, folder, answers, how, size = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
+original, given = Journal.add, []
+def add(self, *args):
+    original(self, *args)
+    given.append(1)
+    if len(given) == answers:
+        os.kill(os.getpid(), how)
+Journal.add = add
+if size:  # bytes that a file may have: a write beyond fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+print(run(cells(checkpoint), folder).summary())
 """
 
 
@@ -74,10 +76,13 @@ def tables(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in written}
 
 
-def start(checkpoint: str, folder: Path, *more: str) -> subprocess.Popen:
+def run_apart(
+    checkpoint: str, folder: Path, answers: int = 0, how: int = 0, size: int = 0
+) -> subprocess.CompletedProcess:
+    """A run in a process of its own, which gets the signal `how` when it has kept so many answers."""
     code = RUN.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, checkpoint, str(folder), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, checkpoint, folder, answers, int(how), size]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
 
 
 def answers_kept(folder: Path) -> int:
@@ -97,27 +102,19 @@ def check_resumes(checkpoint: str, folder: Path, expected: dict, kept: int, monk
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("answered", [2, QUESTIONS + 1])
-def test_a_stopped_run_loses_nothing(checkpoint, expected, tmp_path, monkeypatch, how, answered):
-    process = start(checkpoint, tmp_path)
-    deadline = time.time() + 300
-    while answers_kept(tmp_path) < answered:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(how)
-    process.communicate()
-    assert process.returncode != 0
-    kept = answers_kept(tmp_path)
-    assert answered <= kept < 2 * QUESTIONS
+@pytest.mark.parametrize("answers", [2, QUESTIONS + 1, 2 * QUESTIONS])
+def test_a_stopped_run_loses_nothing(checkpoint, expected, tmp_path, monkeypatch, how, answers):
+    stopped = run_apart(checkpoint, tmp_path, answers, how)
+    assert stopped.returncode in (-how, 128 + how), stopped.stderr
+    assert answers_kept(tmp_path) == answers
     assert collect(tmp_path) == []  # there is no index of a run that did not end
-    check_resumes(checkpoint, tmp_path, expected, kept, monkeypatch)
+    check_resumes(checkpoint, tmp_path, expected, answers, monkeypatch)
 
 
 @pytest.mark.parametrize("size", [300, 2500])
 def test_a_full_disk_fails_cells_and_loses_nothing(checkpoint, expected, tmp_path, monkeypatch, size):
-    process = start(checkpoint, tmp_path, str(size))
-    out, err = process.communicate()
-    assert "File too large" in out + err
+    full = run_apart(checkpoint, tmp_path, size=size)
+    assert "File too large" in full.stdout + full.stderr
     kept = answers_kept(tmp_path)
     assert kept < 2 * QUESTIONS
     for path in tmp_path.glob("cells/*.json"):
