@@ -113,7 +113,9 @@ class Outcome:
     def summary(self) -> str:
         """One line on what ran, was resumed and failed, then a line a failure."""
         resumed = len(self.results) - self.ran
-        lines = [f"{self.ran} cells run, {resumed} resumed, {len(self.failed)} failed; results in {_shown(self.folder)}"]
+        lines = [
+            f"{self.ran} cells run, {resumed} resumed, {len(self.failed)} failed; results in {_shown(self.folder)}"
+        ]
         lines += [f"failed: {cell}: {why}" for cell, why in self.failed.items()]
         for result in self.results:
             lines += [f"unreadable: {result.cell}: {f['task']} {f['doc_id']}: {f['error']}" for f in result.failures]

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
+from focuslib.models import TinyOnevision
 from focuslib.tasks.tinyvideo.questions import prompt, questions
 from focuslib.tasks.tinyvideo.scenes import render, sample_scene
 from focuslib.tiny import CHECKPOINT
@@ -12,6 +14,7 @@ from focuslib.tiny.data import Batches
 from focuslib.tiny.model import build_model, pixels
 from focuslib.tiny.packed import ATTENTION, packed_forward
 from focuslib.tiny.tokenizer import FOOTER, HEADER, build_tokenizer
+from focuslib.tiny.train import visual_features
 
 
 def inputs(tokenizer, frames: np.ndarray, text: str) -> dict[str, torch.Tensor]:
@@ -52,6 +55,20 @@ def test_training_batches_are_reproducible():
         return vars(stream.batch(3)).values()
 
     assert all(torch.equal(a, b) for a, b in zip(tensors(), tensors(), strict=True))
+
+
+@torch.no_grad()
+def test_training_pictures_are_read_as_the_adapter_reads_images():
+    vlm = TinyOnevision.load()
+    batch = Batches(build_tokenizer(), {"attributes": 1.0}, clips=2, asked=3, picture=True).batch(0)
+    features = visual_features(vlm.model, batch.frames)
+    for picture, expected in zip(batch.frames[:, 0], features, strict=True):
+        inputs = vlm.prepare(picture.numpy(), "What color is it?")
+        visual = inputs.tensors["inputs_embeds"][0, inputs.grid.start : inputs.grid.stop]
+        assert torch.allclose(visual, expected, atol=1e-5)
+    assert batch.patches.shape[1] + 1 == features.shape[1] == 144 + 12 * 13
+    rows = F.pad(batch.patches[:, 144:], (0, 1)).view(2, 12, 13)
+    assert torch.equal(rows[..., :12], batch.patches[:, :144].view(2, 12, 12)) and not rows[..., 12].any()
 
 
 @pytest.fixture(scope="module")

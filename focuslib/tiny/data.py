@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from focuslib.tasks.tinyimage.build import FRAME
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, Question, prompt, questions
 from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, FRAMES, Scene, render, sample_scene, token_objects
 from focuslib.tiny.tokenizer import FOOTER, HEADER
@@ -21,12 +22,14 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """B clips of F frames with N questions each; every tensor but ``header`` has a leading axis B.
+    """B clips of F frames, or B pictures (F = 1), with N questions each; all but ``header`` have a leading axis B.
+
+    There are S visual tokens before the closing newline: F·36 of a clip, 12·12 + 12·13 − 1 of a picture.
 
     - header [H]: token ids before the clip; frames uint8 [B, F, 96, 96, 3].
-    - keep int64 [B, K]: the visual tokens the decoder sees, positions 0 to F·36 − 1, ascending.
+    - keep int64 [B, K]: the visual tokens the decoder sees, positions 0 to S − 1, ascending.
     - object_class, motion, appears, time int64 [B, K]: labels of those tokens, see token_labels.
-    - patches int64 [B, F·36]: object_class of every visual token.
+    - patches int64 [B, S]: object_class of every visual token.
     - ids int64 [B, N, SLOT]; ask, answer [B, N]: where the question mark and the last prompt token stand.
     - letter, word, kind int64 [B, N]: token id of the right letter, index into WORDS, index into TYPES.
     - option_at int64 [B, N, 4]: where the options' words stand; right int64 [B, N]: which is right, 0 to 3.
@@ -56,13 +59,13 @@ class Batch:
 
 
 def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
-    """What each visual token shows, int64 [F·36] each: its object's class, motion, first frame, and the frame's time.
+    """What each visual token shows, int64 [S] each: its object's class, motion, first frame, and the frame's time.
 
-    ``shown`` is ``token_objects(scene)``.
+    ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
     Motion is told only from the fourth frame on and the first frame only of scenes with appearances: a causal decoder
-    cannot know more.
+    cannot know more. A picture has no time.
     """
-    frame = np.arange(scene.frames)[:, None, None]
+    frame = np.arange(len(shown))[:, None, None]
     colors, directions = list(COLORS), list(DIRECTIONS)
     classes = [1 + colors.index(o.color) + len(colors) * o.framed for o in scene.objects]
     motions = [1 + directions.index(o.motion) if o.motion else 0 for o in scene.objects]
@@ -77,8 +80,19 @@ def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
         if scene.kind == "move"
         else np.full(shown.size, IGNORE),
         "appears": pick(appears, IGNORE).ravel() if scene.kind == "order" else np.full(shown.size, IGNORE),
-        "time": np.broadcast_to(frame // 4, shown.shape).ravel(),
+        "time": np.broadcast_to(frame // 4 if len(shown) > 1 else IGNORE, shown.shape).ravel(),
     }
+
+
+def picture_objects(scene: Scene) -> np.ndarray:
+    """Which object each visual token of a scene's picture shows, int64 [1, 1, S], like ``token_objects``.
+
+    The model reads a picture of 96 × 96 pixels twice: 12 × 12 tokens, then as one tile with a newline after each row,
+    the last of which closes it.
+    """
+    shown = token_objects(scene, cell=8)[FRAME]
+    rows = np.pad(shown, ((0, 0), (0, 1)), constant_values=-1)
+    return np.concatenate((shown.ravel(), rows.ravel()[:-1]))[None, None]
 
 
 def keep_tokens(object_class: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -141,15 +155,17 @@ class Batches(IterableDataset):
     Args:
         kinds: scene kinds and their weights; all of one frame count.
         shares: the shares of visual tokens to keep, one drawn a batch.
+        picture: one frame of each clip, as a picture.
     """
 
     def __init__(
-        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), split="train", start=0
-    ):
+        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), split="train", start=0,
+        picture=False,
+    ):  # fmt: skip
         if len({FRAMES[kind] for kind in kinds}) != 1:
             raise ValueError(f"tiny.data: clips of different lengths cannot share a batch: {sorted(kinds)}")
         self.slots, self.kinds, self.clips, self.asked, self.shares = Slots(tokenizer), kinds, clips, asked, shares
-        self.split, self.start = split, start
+        self.split, self.start, self.picture = split, start, picture
         self.header = torch.tensor(tokenizer(HEADER)["input_ids"])
 
     def __iter__(self):
@@ -164,13 +180,13 @@ class Batches(IterableDataset):
             scene = sample_scene(
                 self.split, str(rng.choice(names, p=np.array(weights) / sum(weights))), number * self.clips + clip
             )
-            shown = token_objects(scene)
+            shown = picture_objects(scene) if self.picture else token_objects(scene)
             labels = token_labels(scene, shown)
             keep = keep_tokens(labels["object_class"], share, rng)
             row = {name: values[keep] for name, values in labels.items()}
             rows.append(
                 {
-                    "frames": render(scene),
+                    "frames": render(scene)[[FRAME]] if self.picture else render(scene),
                     "keep": keep,
                     "patches": labels["object_class"],
                     **row,

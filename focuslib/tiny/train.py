@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from focuslib.tasks.tinyvideo.questions import LETTERS
-from focuslib.tasks.tinyvideo.scenes import FRAMES
+from focuslib.tasks.tinyvideo.scenes import FRAMES, SIZE
 from focuslib.tiny.data import IGNORE, OBJECT_CLASSES, TYPES, WORDS, Batch, Batches, Texts
 from focuslib.tiny.model import build_model, pixels
 from focuslib.tiny.muon import Muon
@@ -31,7 +31,9 @@ SEE, ASK, CHOOSE = 2, 4, 5  # the decoder layers (from 0) after which the heads 
 LOOK = (1, 2, 3, 4)  # the layers in which question marks should attend to the evidence
 SHORT = {"attributes": 0.4, "move": 0.3, "order": 0.3}
 LONG = {"needle": 1.0}
-# The shares of visual tokens that token dropout leaves, for short and long clips, in the first steps and later.
+PICTURE = {"attributes": 1.0}
+# The shares of visual tokens that token dropout leaves, for short clips (and pictures) and for long ones, in the first
+# steps and later.
 KEPT_EARLY = (0.35, 0.35, 0.35, 0.5, 0.5, 1.0), (0.15, 0.15, 0.2, 0.2, 0.3, 1.0)
 KEPT_LATER = (0.35, 0.5, 0.7, 1.0, 1.0), (0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -53,11 +55,20 @@ class Heads(nn.ModuleDict):
         super().__init__({name: nn.Linear(hidden, size) for name, size in sizes.items()})
 
 
+def visual_features(model, frames: torch.Tensor) -> torch.Tensor:
+    """Frames uint8 [B, F, 96, 96, 3] of clips, or of pictures if F is 1 → what the decoder reads, [B, S + 1, D]."""
+    if frames.shape[1] > 1:
+        return model.model.get_video_features(pixels(frames)).pooler_output
+    views = pixels(frames).expand(-1, 2, -1, -1, -1)  # the whole picture, and the tile that it fills
+    sizes = torch.tensor([[SIZE, SIZE]]).expand(len(frames), -1)
+    return torch.stack(tuple(model.model.get_image_features(views, sizes).pooler_output))
+
+
 def losses(model, heads: Heads, batch: Batch, tower_only: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The loss terms of a batch, and which questions were answered rightly (bool [B, N])."""
     B, K = batch.keep.shape
     rows = torch.arange(B, device=batch.keep.device)[:, None]
-    features = model.model.get_video_features(pixels(batch.frames)).pooler_output
+    features = visual_features(model, batch.frames)
     terms = {"patches": F.cross_entropy(heads["patches"](features[:, :-1]).flatten(0, 1), batch.patches.flatten())}
     if tower_only:
         return terms, torch.zeros_like(batch.right, dtype=torch.bool)
@@ -127,15 +138,14 @@ def text_losses(model, heads: Heads, header: torch.Tensor, rows: dict) -> dict[s
 
 
 @torch.no_grad()
-def accuracy(model, heads: Heads, streams: list[Batches], batches: int, device) -> dict[str, float]:
+def accuracy(model, heads: Heads, stream: Batches, batches: int, device) -> dict[str, float]:
     """Letter accuracy by question type over fresh clips, all visual tokens kept."""
     right, asked = torch.zeros(len(TYPES)), torch.zeros(len(TYPES))
-    for stream in streams:
-        for number in range(batches):
-            batch = stream.batch(number).to(device)
-            hit = losses(model, heads, batch)[1]
-            asked.index_add_(0, batch.kind.flatten().cpu(), torch.ones(hit.numel()))
-            right.index_add_(0, batch.kind.flatten().cpu(), hit.flatten().float().cpu())
+    for number in range(batches):
+        batch = stream.batch(number).to(device)
+        hit = losses(model, heads, batch)[1]
+        asked.index_add_(0, batch.kind.flatten().cpu(), torch.ones(hit.numel()))
+        right.index_add_(0, batch.kind.flatten().cpu(), hit.flatten().float().cpu())
     return {name: round(float(r / n), 3) for name, r, n in zip(TYPES, right, asked, strict=True) if n}
 
 
@@ -195,22 +205,26 @@ def train(args: argparse.Namespace) -> None:
             told = {name: rows[:, :asked].to(device) for name, rows in next(texts).items()}
             yield text_losses(model, heads, header, told), {}
         if step < args.warm_steps:
-            yield losses(model, heads, next(short).to(device), tower_only=True)[0], {}
+            for loader in (short, pictures):
+                yield losses(model, heads, next(loader).to(device), tower_only=True)[0], {}
             return
-        for loader in (short, long):
+        for loader in (short, pictures, long):
             batch = next(loader).to(device)
             terms, hit = losses(model, heads, batch)
-            yield terms, {TYPES[k]: hit[batch.kind == k].float().mean() for k in batch.kind.unique()}
+            what = "picture_" if loader is pictures else ""
+            yield terms, {what + TYPES[k]: hit[batch.kind == k].float().mean() for k in batch.kind.unique()}
 
     texts = load(Texts(tokenizer, args.texts, start=step))
-    tests = [stream({kind: 1.0}, 64 // FRAMES[kind] + 2, split="tune") for kind in FRAMES]
-    header = tests[0].header.to(device)
+    tests = {kind: stream({kind: 1.0}, 64 // FRAMES[kind] + 2, split="tune") for kind in FRAMES}
+    tests["picture"] = stream(PICTURE, 10, split="tune", picture=True)
+    header = tests["picture"].header.to(device)
     began, running = time.monotonic() - spent, {}
-    short = long = None
+    short = pictures = long = None
     while step < args.steps:
         if short is None or step == args.told_steps:
             kept = KEPT_EARLY if step < args.told_steps else KEPT_LATER
             short = load(stream(SHORT, args.short, kept[0], start=step))
+            pictures = load(stream(PICTURE, args.pictures, kept[0], start=step, picture=True))
             long = load(stream(LONG, args.long, kept[1], start=max(0, step - args.warm_steps)))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, args.steps, args.lr)
@@ -239,7 +253,8 @@ def train(args: argparse.Namespace) -> None:
             torch.save({**state, "step": step, "seconds": time.monotonic() - began}, args.out / "state.tmp")
             os.replace(args.out / "state.tmp", state_file)
             export(model, tokenizer, args.out / "checkpoint")
-            print(json.dumps({"step": step, "check": accuracy(model, heads, tests, 3, device)}), flush=True)
+            checks = {name: accuracy(model, heads, test, 3, device) for name, test in tests.items()}
+            print(json.dumps({"step": step, "check": checks}), flush=True)
 
 
 def main() -> None:
@@ -254,6 +269,7 @@ def main() -> None:
     )
     parser.add_argument("--texts", type=int, default=48, help="questions without a clip a warm step")
     parser.add_argument("--short", type=int, default=6, help="8-frame clips a step")
+    parser.add_argument("--pictures", type=int, default=3, help="pictures a step")
     parser.add_argument("--long", type=int, default=2, help="32-frame clips a step")
     parser.add_argument("--asked", type=int, default=6, help="questions a clip")
     parser.add_argument("--lr", type=float, default=2e-3)

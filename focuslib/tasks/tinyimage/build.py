@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
+from focuslib.tasks.build_once import build_once
 from focuslib.tasks.tinyvideo import build as tinyvideo
 from focuslib.tasks.tinyvideo.scenes import render, sample_scene
 
@@ -22,28 +20,17 @@ def version() -> str:
 
 
 def build(root: Path | None = None) -> Path:
-    """The folder with the pictures and `<split>.jsonl`, built now if it is not there yet; safe from many processes."""
-    target = (root or tinyvideo.cache_root().parent / "tinyimage") / version()
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-    try:
-        for split in SPLITS:
-            docs = [_image_doc(doc) for doc in tinyvideo.task_docs("attributes", split)]
-            (work / f"{split}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-            for name in {doc["image"] for doc in docs}:
-                index = int(Path(name).stem.split("-")[1])
-                Image.fromarray(render(sample_scene(split, "attributes", index))[FRAME]).save(work / name)
-        os.chmod(work, 0o755)  # mkdtemp makes it private
-        try:
-            work.rename(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+    """The folder with the pictures and `<split>.jsonl`, built now if it is not there yet."""
+    return build_once((root or tinyvideo.cache_root().parent / "tinyimage") / version(), _fill)
+
+
+def _fill(folder: Path) -> None:
+    for split in SPLITS:
+        docs = [_image_doc(doc) for doc in tinyvideo.task_docs("attributes", split)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+        for name in {doc["image"] for doc in docs}:
+            index = int(Path(name).stem.split("-")[1])
+            Image.fromarray(render(sample_scene(split, "attributes", index))[FRAME]).save(folder / name)
 
 
 def _image_doc(doc: dict) -> dict:

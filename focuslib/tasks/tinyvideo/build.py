@@ -1,20 +1,19 @@
 """Builds the benchmark's videos and questions once, into a cache folder: a minute of work, a few megabytes.
 
 The folder's name carries a digest of everything that decides its content, so a change of the scenes never meets old
-videos; it is built beside its final place and renamed, so a killed build leaves nothing that looks finished.
+videos.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
 
+from focuslib.tasks.build_once import build_once
 from focuslib.tasks.tinyvideo.questions import TASKS, questions
 from focuslib.tasks.tinyvideo.scenes import FPS, SIZE, render, sample_scene
 
@@ -87,36 +86,21 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def build(root: Path | None = None) -> Path:
-    """The folder with ``videos/`` and ``<task>_<split>.jsonl``, built now if it is not there yet.
+    """The folder with ``videos/`` and ``<task>_<split>.jsonl``, built now if it is not there yet."""
+    return build_once((Path(root) if root else cache_root()) / version(), _fill)
 
-    Safe to call from many processes at once.
-    """
-    root = cache_root() if root is None else Path(root)
-    target = root / version()
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-    try:
-        (work / "videos").mkdir()
-        videos = set()
-        for task in TASKS:
-            for split in CLIPS:
-                docs = task_docs(task, split)
-                (work / f"{task}_{split}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
-                videos.update(d["video"] for d in docs)
-        for video in tqdm(sorted(videos), desc=f"building the tinyvideo benchmark in {target}", unit="clip"):
-            split, kind, index = Path(video).stem.split("-")
-            write_video(work / video, render(sample_scene(split, kind, int(index))))
-        os.chmod(work, 0o755)  # mkdtemp makes it private
-        try:
-            work.rename(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+
+def _fill(folder: Path) -> None:
+    (folder / "videos").mkdir()
+    videos = set()
+    for task in TASKS:
+        for split in CLIPS:
+            docs = task_docs(task, split)
+            (folder / f"{task}_{split}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
+            videos.update(d["video"] for d in docs)
+    for video in tqdm(sorted(videos), desc="building the tinyvideo benchmark", unit="clip"):
+        split, kind, index = Path(video).stem.split("-")
+        write_video(folder / video, render(sample_scene(split, kind, int(index))))
 
 
 def load_docs(task: str, split: str, root: Path | None = None) -> list[dict]:

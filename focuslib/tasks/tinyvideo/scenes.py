@@ -201,11 +201,11 @@ def render(scene: Scene) -> np.ndarray:
     return np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
 
-def token_objects(scene: Scene) -> np.ndarray:
-    """Which object each visual token shows, int64 [F, 6, 6]: an index into ``scene.objects``, or −1 for background.
+def token_objects(scene: Scene, cell: int = CELL) -> np.ndarray:
+    """Which object each visual token shows, int64 [F, 96 / cell, 96 / cell]: an index into ``scene.objects``, or −1.
 
-    A token shows an object that covers more than a quarter of its 16 × 16 pixels.
+    A token shows an object that covers more than a quarter of its ``cell`` × ``cell`` pixels; −1 is background.
     """
-    cells = SIZE // CELL
-    share = np.stack([coverage(o).reshape(scene.frames, cells, CELL, cells, CELL).mean((2, 4)) for o in scene.objects])
+    cells = SIZE // cell
+    share = np.stack([coverage(o).reshape(scene.frames, cells, cell, cells, cell).mean((2, 4)) for o in scene.objects])
     return np.where(share.max(0) > 0.25, share.argmax(0), -1)
