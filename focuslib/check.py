@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from focuslib.cells import Cell
 from focuslib.errors import UserError, pick
-from focuslib.experiments import Cell, planned_cells
+from focuslib.experiments import planned_cells
 from focuslib.models import MODELS
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
 from focuslib.notebooks import EXPERIMENTS

@@ -144,7 +144,7 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from focuslib.experiments import make_cell, run_cells
+    from focuslib.cells import make_cell, run_cells
     from focuslib.report import comparison_table
 
     settings = dict(_assignment(text, "--set") for text in options.set)

@@ -22,6 +22,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "ablation_limit": (int, type(None)),
     "write_pth": (bool,),
     "device": (str,),
+    "workers": (int,),
     "dtype": (str,),
     "seed": (int,),
 }

@@ -12,8 +12,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from focuslib.cells import Cell, CellResult, collect, load_cell
 from focuslib.errors import UserError
-from focuslib.experiments import Cell, CellResult, collect, load_cell
 from focuslib.measure import measure
 from focuslib.methods.settings import make_method
 from focuslib.ops import SITES

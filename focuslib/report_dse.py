@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from focuslib.experiments import CellResult, Outcome, SweepPoint
+from focuslib.cells import CellResult, Outcome
+from focuslib.experiments import SweepPoint
 from focuslib.report import mean_interval, paired_difference, proportion_interval, write_csv
 
 # sweep → its table and its column there

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from focuslib.experiments import CellResult, load_cell
+from focuslib.cells import CellResult, load_cell
 from focuslib.models.quantize import linear_layers
 from focuslib.patch import find_decoder
 from focuslib.report import mean_interval, paired_difference, published

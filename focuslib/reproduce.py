@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
+from focuslib.cells import read_status
 from focuslib.errors import UserError
-from focuslib.experiments import planned_cells, read_status
+from focuslib.experiments import planned_cells
 from focuslib.notebooks import EXPERIMENTS, execute
 from focuslib.params import project_root, read_params
 from focuslib.progress import announce

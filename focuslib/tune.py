@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from focuslib.cells import make_cell, run_cells
 from focuslib.errors import UserError
-from focuslib.experiments import make_cell, run_cells
 from focuslib.report import mean_interval, paired_difference
 
 Common = dict[str, Any]  # the arguments of make_cell that all settings share, but for the data set

@@ -52,14 +52,15 @@ def main(experiments: list[str]) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1"}  # the models are tiny: more threads only wait for each other
         import replicas  # beside this file
 
-        from focuslib.experiments import read_status, results_folder
+        from focuslib.cells import read_status
+        from focuslib.experiments import results_folder
         from focuslib.notebooks import execute
 
         results = results_folder(PROFILE)
         shutil.rmtree(results, ignore_errors=True)
         replicas.write_datasets(hf_home)
         checkpoints = replicas.write_checkpoints(Path(folder) / "checkpoints")
-        changes = {"profile": PROFILE, "checkpoints": checkpoints, "device": "cpu", "dtype": "float32"}
+        changes = {"profile": PROFILE, "checkpoints": checkpoints, "device": "cpu", "dtype": "float32", "workers": 2}
         for experiment in experiments:
             began = time.time()
             execute(experiment, "paper", changes)

@@ -6,6 +6,7 @@ import torch
 from tiny_models import untrained_checkpoint, untrained_vlm
 
 from focuslib import experiments, report, report_dse, report_int8
+from focuslib.cells import load_cell
 from focuslib.errors import UserError
 from focuslib.evaluate import question
 from focuslib.html_report import write_report
@@ -160,7 +161,7 @@ def test_quantised_modules_are_8_bit(done):
     table = report_int8.precision_table(outcomes["int8"].results)
     assert list(table["in 8 bit"]) == [0, 56] and list(table["weight type"]) == ["float32", "int8"]
     assert table["weights (MiB)"][1] * 4 == table["weights (MiB)"][0]
-    vlm = experiments.load_cell(quantised)
+    vlm = load_cell(quantised)
     assert linear_layers(find_decoder(vlm.model))["in 8 bit"] == 56
     assert vlm.model.lm_head.weight.dtype == torch.float32
     assert not any(p.dtype == torch.int8 for p in vlm.model.model.vision_tower.parameters())

@@ -7,8 +7,9 @@ import torch
 from tiny_models import untrained_checkpoint
 
 from focuslib import cli, report
+from focuslib.cells import collect, make_cell, median_index, read_result, read_status, run_cells
 from focuslib.errors import UserError
-from focuslib.experiments import collect, make_cell, median_index, read_result, run_cells
+from focuslib.evaluate import question
 from focuslib.models import TinyOnevision
 from focuslib.ops import SITES
 
@@ -135,23 +136,32 @@ def test_a_failing_cell_does_not_stop_the_others(cells, tmp_path):
     assert "no such folder" in reason and "\n" not in reason
 
 
-def test_an_unreadable_video_is_one_recorded_failure(cells, tmp_path, monkeypatch):
+def test_an_unreadable_video_is_one_recorded_failure_and_asked_again(cells, tmp_path, monkeypatch, answered):
+    whole = run_cells("main", cells, tmp_path / "whole", tmp_path / "whole" / "focus_main")
+    assert not any(result.failures for result in whole.results)
+    expected = tables(tmp_path / "whole")
+
     original = TinyOnevision.prepare
+    media, _ = question("tinyvideo_motion", "tiny_onevision", 2)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(b"\0\0\0\x18ftypmp42")
+    lost = lambda self, path, prompt: original(self, str(cut) if path == media else path, prompt)  # noqa: E731
+    monkeypatch.setattr(TinyOnevision, "prepare", lost)
+    folder = tmp_path / "broken"
+    for _ in range(2):  # the second run finds it no better
+        answered.clear()
+        outcome = run_cells("main", cells, folder, folder / "focus_main")
+        assert [[failure["doc_id"] for failure in result.failures] for result in outcome.results] == [[2]] * 3
+        assert outcome.summary().count("unreadable: ") == 3 and "cut.mp4" in outcome.summary()
+        assert outcome.results[0].samples[2]["score"] == 0 and len(outcome.results[0].samples) == 3
+        assert not read_status(folder, "main")["complete"]
+    assert len(answered) == 0
 
-    def prepare(self, media, prompt):
-        if prepare.calls == 1:
-            media = str(tmp_path / "cut.mp4")
-        prepare.calls += 1
-        return original(self, media, prompt)
-
-    prepare.calls = 0
-    (tmp_path / "cut.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
-    monkeypatch.setattr(TinyOnevision, "prepare", prepare)
-    outcome = run_cells("main", cells[:1], tmp_path)
-    (result,) = outcome.results
-    assert [failure["doc_id"] for failure in result.failures] == [1]
-    assert "cut.mp4" in outcome.summary()
-    assert result.samples[1]["score"] == 0 and len(result.samples) == 3
+    monkeypatch.setattr(TinyOnevision, "prepare", original)
+    mended = run_cells("main", cells, folder, folder / "focus_main")
+    assert len(answered) == 3 and not any(result.failures for result in mended.results)
+    assert tables(folder) == expected
+    assert not list((folder / "work").iterdir())
 
 
 def test_a_result_names_everything_that_decides_it(cells, tmp_path):

@@ -12,8 +12,8 @@ from datasets import Dataset as Table
 from PIL import Image
 
 from focuslib import cli, evaluate, report
+from focuslib.cells import make_cell, run_cells
 from focuslib.errors import UserError
-from focuslib.experiments import make_cell, run_cells
 from focuslib.methods import Dense, Focus, FrameFusion
 from focuslib.models import MODELS
 from focuslib.params import project_root

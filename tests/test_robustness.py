@@ -11,7 +11,7 @@ import pytest
 from tiny_models import untrained_checkpoint
 
 from focuslib import journal, report
-from focuslib.experiments import collect, make_cell, read_result, run_cells
+from focuslib.cells import collect, make_cell, read_result, run_cells
 from focuslib.models import TinyOnevision
 from focuslib.trace import Trace
 
@@ -66,8 +66,8 @@ def cells(checkpoint: str):
     return [make("accuracy", "dense"), make("trace", "focus", **SMALL)]
 
 
-def run(chosen, folder: Path):
-    return run_cells("main", chosen, folder, folder / "focus_main")
+def run(chosen, folder: Path, workers: int = 1):
+    return run_cells("main", chosen, folder, folder / "focus_main", workers)
 
 
 def tables(folder: Path) -> dict[str, bytes]:
@@ -120,6 +120,14 @@ def test_a_full_disk_fails_cells_and_loses_nothing(checkpoint, expected, tmp_pat
     for path in tmp_path.glob("cells/*.json"):
         read_result(path)
     check_resumes(checkpoint, tmp_path, expected, kept, monkeypatch)
+
+
+def test_workers_give_the_same_tables(checkpoint, expected, tmp_path):
+    chosen = cells(checkpoint)
+    assert run(chosen, tmp_path, workers=2).ran == 2
+    assert tables(tmp_path) == expected
+    assert not list((tmp_path / "work").iterdir())
+    assert run(chosen, tmp_path, workers=2).ran == 0
 
 
 FAILURES = {

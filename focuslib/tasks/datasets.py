@@ -29,6 +29,7 @@ class Dataset:
         comparisons). score: (results, samples) → the published score.
     folder: where the tasks' YAML files are. stock: they are lmms-eval's own.
     version: says which edition of the data was used; part of a result's identity.
+    prepare: makes the data now, where the package makes them.
     together: questions that are scored together; a limit is rounded up to whole groups.
     """
 
@@ -39,6 +40,7 @@ class Dataset:
     folder: Path
     stock: bool = True
     version: Callable[[], str] = _stock_version
+    prepare: Callable[[], object] = lambda: None
     together: int = 1
 
 
@@ -53,6 +55,7 @@ def _embedded(task: str, benchmark: ModuleType) -> Dataset:
         folder=folder,
         stock=False,
         version=lambda: f"{folder.name} {benchmark.version()}",
+        prepare=benchmark.build,
     )
 
 
