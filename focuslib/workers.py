@@ -1,4 +1,4 @@
-"""Processes that share work. This file imports nothing heavy, so that a worker can be set up before it does."""
+"""Processes that share work."""
 
 import multiprocessing
 import os
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from threading import Thread
+from unittest.mock import patch
+
+import torch
 
 
 @contextmanager
@@ -20,7 +23,8 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, context, _begin, (threads, started))
     before = set(multiprocessing.active_children())
     try:
-        yield pool
+        with patch.dict(os.environ, TQDM_DISABLE="1"):  # workers inherit it; the progress is shown here
+            yield pool
     except BaseException:
         for worker in set(multiprocessing.active_children()) - before:
             worker.terminate()
@@ -31,12 +35,9 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _begin(threads: int, started) -> None:
     """Set up a worker. started: a shared counter of the workers."""
-    os.environ["TQDM_DISABLE"] = "1"  # the parent shows the progress; read when tqdm is imported
     Thread(target=_end_with_parent, daemon=True).start()
     with started.get_lock():
         number, started.value = started.value, started.value + 1
-    import torch
-
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())

@@ -9,7 +9,9 @@ import time
 
 import pytest
 from conftest import ROOT, SCREENSHOTS
+from PIL import Image
 from synthetic_view import synthetic_view
+from test_media import write_video as write_webm
 from tiny_models import clip
 
 from focuslib.explore import View, default_method, explore, tiny_examples
@@ -196,15 +198,28 @@ def test_the_notebook_in_jupyterlab(lab, page_of, vlm, tmp_path):
     page.locator("button.jupyter-button:has-text('Run')").click()
     page.wait_for_selector("text=missing.mp4: no such video file")
     write_video(tmp_path / "own.mp4", clip(5))
-    with page.expect_file_chooser() as chooser:
-        page.locator("button.widget-upload").click()
-    chooser.value.set_files(tmp_path / "own.mp4")
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('.widget-text input')].some((field) => field.value.endsWith('own.mp4'))"
-    )
+    write_webm(tmp_path / "own.webm", count=7, fps=4, size=(96, 96), codec="libvpx-vp9")
+    Image.fromarray(clip(1)[0]).save(tmp_path / "own.png")
+    for name, frames in (("own.mp4", 5), ("own.webm", 7), ("own.png", 1)):
+        with page.expect_file_chooser() as chooser:
+            page.locator("button.widget-upload").click()
+        chooser.value.set_files(tmp_path / name)
+        page.wait_for_function(
+            "(name) => [...document.querySelectorAll('.widget-text input')].some((f) => f.value.endsWith(name))",
+            arg=name,
+        )
+        page.locator("button.jupyter-button:has-text('Run')").click()
+        page.wait_for_selector(f".fx-frameno:has-text('of {frames}')")
+    # a new run has its own threshold
+    assert float(page.locator(".fx-threshold").input_value()) == method.similarity_threshold
+
+    # a long run is cancelled; the view stays
+    page.locator(".widget-dropdown select").first.select_option(index=4)  # a clip of 32 frames
+    page.locator(".widget-dropdown select").nth(1).select_option("cmc")
     page.locator("button.jupyter-button:has-text('Run')").click()
-    page.wait_for_selector(".fx-frameno:has-text('of 5')")
-    assert page.locator(".fx-threshold").input_value() == "0.9"  # a new run, its own threshold
+    page.locator("button.jupyter-button:has-text('Cancel'):enabled").click()
+    page.wait_for_selector("text=cancelled; the view shows the run before")
+    assert page.locator(".fx-frameno").inner_text().endswith("of 1")
 
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.locator(".fx").scroll_into_view_if_needed()
