@@ -9,7 +9,7 @@ from typing import Any
 
 from focuslib.cells import Cell, Outcome, export_traces, make_cell, pth_name, run_cells
 from focuslib.errors import UserError, pick
-from focuslib.params import check_param, project_root
+from focuslib.params import check_param, matching_settings, project_root
 
 
 def run_main(**params: Any) -> Outcome:
@@ -20,7 +20,8 @@ def run_main(**params: Any) -> Outcome:
 def run_baselines(**params: Any) -> Outcome:
     """All methods on the same questions, and the sparsity of AdapTiV and CMC over the first ones.
 
-    Parameters: see params/*/baselines.yaml. matched: method → settings for a second comparison, at equal sparsity.
+    Parameters: see params/*/baselines.yaml. matched: method → entries as in params/methods.yaml, for a second
+    comparison at equal sparsity.
     """
     return _run_experiment("baselines", params)
 
@@ -84,7 +85,8 @@ def comparison_cells(params: dict[str, Any], traces: bool = False) -> list[Cell]
                 cells.append(make_cell("sparsity", method=method, **first))
             if method == "focus" and traces:
                 cells.append(make_cell("trace", method=method, **first))
-        for method, settings in (params.get("matched") or {}).items():
+        for method, entries in (params.get("matched") or {}).items():
+            settings = matching_settings(entries, common["model"], common["dataset"])
             cells.append(
                 make_cell("matched", method=method, settings=settings, limit=params["matched_limit"], **common)
             )

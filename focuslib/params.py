@@ -73,8 +73,18 @@ def check_param(name: str, value: Any) -> None:
 def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
     """The hyper-parameters of a method for a model and data set, from params/methods.yaml."""
     path = path or project_root() / "params" / "methods.yaml"
+    return matching_settings(read_yaml(path).get(method) or [], model, dataset)
+
+
+def matching_settings(entries: list[dict[str, Any]], model: str, dataset: str) -> dict[str, Any]:
+    """The settings for a model and data set in a list like those of methods.yaml: a later entry that matches wins.
+
+    An entry matches the `models` and `datasets` it names, or all. Raises UserError if it is no such list.
+    """
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"settings {entries!r} must be a list of entries, such as - {{threshold: 0.5}}")
     settings: dict[str, Any] = {}
-    for entry in read_yaml(path).get(method) or []:
+    for entry in entries:
         entry = dict(entry)
         models, datasets = entry.pop("models", None), entry.pop("datasets", None)
         if (models is None or model in models) and (datasets is None or dataset in datasets):

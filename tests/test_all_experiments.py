@@ -47,7 +47,7 @@ TRACES = [
 
 def parameters(name: str, checkpoint: str) -> dict:
     params = read_params(project_root() / "params" / "laptop" / f"{name}.yaml")
-    params |= {"checkpoints": {"tiny_onevision": checkpoint}, "limit": 2, "trace_samples": 2}
+    params |= {"checkpoints": {"tiny_onevision": checkpoint}, "limit": 2, "trace_samples": 2, "workers": 1}
     if name != "image":
         params["datasets"] = VIDEO
     if name == "dse":
@@ -225,6 +225,15 @@ def test_wrong_sweeps_are_one_line():
     ):
         with pytest.raises(UserError, match=line):
             experiments.sweep_points({**params, "sweeps": sweeps})
+
+
+def test_matched_settings_can_differ_by_data_set():
+    params = read_params(project_root() / "params" / "laptop" / "baselines.yaml")
+    entries = [{"threshold": 0.5}, {"datasets": VIDEO[1:], "threshold": 0.25}]
+    chosen = experiments.comparison_cells({**params, "datasets": VIDEO, "matched": {"adaptiv": entries}})
+    assert [cell.settings["threshold"] for cell in chosen if cell.kind == "matched"] == [0.5, 0.25]
+    with pytest.raises(UserError, match="must be a list of entries"):
+        experiments.comparison_cells({**params, "matched": {"adaptiv": {"threshold": 0.5}}})
 
 
 def test_a_report_needs_a_run(tmp_path):

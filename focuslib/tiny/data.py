@@ -9,7 +9,17 @@ from torch.utils.data import IterableDataset
 
 from focuslib.tasks.tinyimage.build import FRAME
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, Question, prompt, questions
-from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, FRAMES, Scene, render, sample_scene, token_objects
+from focuslib.tasks.tinyvideo.scenes import (
+    CELL,
+    COLORS,
+    DIRECTIONS,
+    FRAMES,
+    SIZE,
+    Scene,
+    render,
+    sample_scene,
+    token_objects,
+)
 from focuslib.tiny.tokenizer import FOOTER, HEADER
 
 SLOT = 58  # tokens: the longest question with its options, instruction and answer
@@ -18,6 +28,8 @@ TYPES = tuple(CHOICES)
 WORDS = tuple(sorted({word for choice in CHOICES.values() for word in choice}))
 OBJECT_CLASSES = 1 + 2 * len(COLORS)  # background, then each colour, then each colour framed
 IGNORE = -100
+CELLS = np.arange((SIZE // CELL) ** 2).reshape(SIZE // CELL, -1)  # the place of a frame's 6 × 6 tokens
+CELLS_8 = CELLS.repeat(2, 0).repeat(2, 1)  # the cell of a picture's 12 × 12 tokens
 
 
 @dataclass
@@ -28,7 +40,7 @@ class Batch:
 
     - header [H]: token ids before the clip; frames uint8 [B, F, 96, 96, 3].
     - keep int64 [B, K]: the visual tokens the decoder sees, positions 0 to S − 1, ascending.
-    - object_class, motion, appears, time int64 [B, K]: labels of those tokens, see token_labels.
+    - object_class, cell, motion, appears, time int64 [B, K]: labels of those tokens, see token_labels.
     - patches int64 [B, S]: object_class of every visual token.
     - ids int64 [B, N, SLOT]; ask, answer [B, N]: where the question mark and the last prompt token stand.
     - letter, word, kind int64 [B, N]: token id of the right letter, index into WORDS, index into TYPES.
@@ -40,6 +52,7 @@ class Batch:
     frames: torch.Tensor
     keep: torch.Tensor
     object_class: torch.Tensor
+    cell: torch.Tensor
     motion: torch.Tensor
     appears: torch.Tensor
     time: torch.Tensor
@@ -59,7 +72,7 @@ class Batch:
 
 
 def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
-    """What each visual token shows, int64 [S] each: its object's class, motion, first frame, and the frame's time.
+    """What each visual token shows, int64 [S] each: its object's class, motion, first frame; its own place and time.
 
     ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
     Motion is told only from the fourth frame on and the first frame only of scenes with appearances: a causal decoder
@@ -76,6 +89,7 @@ def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
 
     return {
         "object_class": pick(classes, 0).ravel(),
+        "cell": (np.broadcast_to(CELLS, shown.shape) if len(shown) > 1 else as_picture(CELLS_8, IGNORE)).ravel(),
         "motion": np.where(frame >= 3, pick(motions, IGNORE), IGNORE).ravel()
         if scene.kind == "move"
         else np.full(shown.size, IGNORE),
@@ -85,14 +99,18 @@ def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def picture_objects(scene: Scene) -> np.ndarray:
-    """Which object each visual token of a scene's picture shows, int64 [1, 1, S], like ``token_objects``.
+    """Which object each visual token of a scene's picture shows, int64 [1, 1, S], like ``token_objects``."""
+    return as_picture(token_objects(scene, cell=8)[FRAME], -1)
+
+
+def as_picture(patches: np.ndarray, newline: int) -> np.ndarray:
+    """A value of each of a picture's 12 × 12 patches → of each visual token of it, [1, 1, S].
 
     The model reads a picture of 96 × 96 pixels twice: 12 × 12 tokens, then as one tile with a newline after each row,
     the last of which closes it.
     """
-    shown = token_objects(scene, cell=8)[FRAME]
-    rows = np.pad(shown, ((0, 0), (0, 1)), constant_values=-1)
-    return np.concatenate((shown.ravel(), rows.ravel()[:-1]))[None, None]
+    rows = np.pad(patches, ((0, 0), (0, 1)), constant_values=newline)
+    return np.concatenate((patches.ravel(), rows.ravel()[:-1]))[None, None]
 
 
 def keep_tokens(object_class: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

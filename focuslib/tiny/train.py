@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from focuslib.tasks.tinyvideo.questions import LETTERS
 from focuslib.tasks.tinyvideo.scenes import FRAMES, SIZE
-from focuslib.tiny.data import IGNORE, OBJECT_CLASSES, TYPES, WORDS, Batch, Batches, Texts
+from focuslib.tiny.data import CELLS, IGNORE, OBJECT_CLASSES, TYPES, WORDS, Batch, Batches, Texts
 from focuslib.tiny.model import build_model, pixels
 from focuslib.tiny.muon import Muon
 from focuslib.tiny.packed import ATTENTION, Watch, packed_forward
@@ -45,6 +45,7 @@ class Heads(nn.ModuleDict):
         sizes = {
             "patches": OBJECT_CLASSES,
             "object_class": OBJECT_CLASSES,
+            "cell": CELLS.size,
             "motion": 5,
             "appears": 8,
             "time": 8,
@@ -84,7 +85,7 @@ def losses(model, heads: Heads, batch: Batch, tower_only: bool = False) -> tuple
     visible = columns.any(-1)  # token dropout may have taken all of a question's evidence
     terms["look"] = -torch.stack(watch.shares)[:, visible].clamp_min(1e-6).log().mean()
     seen = states[SEE][:, H : H + K]
-    for name in ("object_class", "motion", "appears", "time"):
+    for name in ("object_class", "cell", "motion", "appears", "time"):
         labels = getattr(batch, name)
         if (labels != IGNORE).any():
             terms[name] = F.cross_entropy(heads[name](seen).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
