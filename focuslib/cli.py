@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default %(default)s)")
     shared.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default)")
     shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="processes that share the work, such as one a GPU (with --device cuda)",
+    )
 
     run = commands.add_parser(
         "run",
@@ -152,7 +158,7 @@ def _run(options: argparse.Namespace) -> int:
         make_cell(kind, dataset=options.task, method=options.method, settings=settings, **_common(options))
         for kind in (["accuracy", "trace"] if options.trace_dir else ["accuracy"])
     ]
-    outcome = run_cells("run", cells, options.out, options.trace_dir)
+    outcome = run_cells("run", cells, options.out, options.trace_dir, options.workers)
     print(outcome.summary())
     table = comparison_table(outcome.results)
     if not table.empty:
@@ -169,7 +175,7 @@ def _tune(options: argparse.Namespace) -> int:
         if options.set:
             raise UserError("--set goes with --bisect; with --grid give the value as a grid of one")
         grid = {name: values.split(",") for name, values in (_assignment(text, "--grid") for text in options.grid)}
-        table = grid_search(options.method, grid, options.task, common, options.out)
+        table = grid_search(options.method, grid, options.task, common, options.out, options.workers)
         best = best_row(table, options.tolerance)
         said = (
             f"sparsest within {options.tolerance} points of dense"
@@ -186,8 +192,9 @@ def _tune(options: argparse.Namespace) -> int:
             raise UserError(f"--bisect {options.bisect}: write NAME=LOW,HIGH with two numbers") from None
         fixed = dict(_assignment(text, "--set") for text in options.set)
         table = bisect_sparsity(
-            options.method, name, low, high, options.target_sparsity, fixed, options.task, common, options.out
-        )
+            options.method, name, low, high, options.target_sparsity, fixed, options.task, common, options.out,
+            workers=options.workers,
+        )  # fmt: skip
         best, said = table.iloc[0], f"closest to {options.target_sparsity} %"
     print(table.to_string(index=False, float_format="%.4g"))
     print(f"{said}: " + ", ".join(f"{name} {value}" for name, value in best.items()))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from focuslib.cells import make_cell, run_cells
+from focuslib.cells import Cell, CellResult, make_cell, run_cells
 from focuslib.errors import UserError
 from focuslib.report import mean_interval, paired_difference
 
@@ -17,14 +17,17 @@ Common = dict[str, Any]  # the arguments of make_cell that all settings share, b
 
 
 def grid_search(
-    method: str, grid: dict[str, list[str]], datasets: list[str], common: Common, folder: Path
+    method: str, grid: dict[str, list[str]], datasets: list[str], common: Common, folder: Path, workers: int = 1
 ) -> pd.DataFrame:
     """Score every combination of the grid's values, and dense, on all data sets.
 
+    workers: processes that share the work (see cells.run_cells).
     Returns one row a setting: the values, mean score over the data sets, mean difference to dense on the same questions
     (points) and mean computation sparsity (percent), sparsest first.
     """
     settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    cells = [cell for chosen in settings for cell in _cells(method, chosen, datasets, common)]
+    _run(dict.fromkeys(cells), folder, workers)
     rows = [{**chosen, **_score(method, chosen, datasets, common, folder)} for chosen in settings]
     return pd.DataFrame(rows).sort_values("Computation sparsity", ascending=False, ignore_index=True)
 
@@ -37,7 +40,7 @@ def best_row(table: pd.DataFrame, tolerance: float) -> pd.Series:
 
 def bisect_sparsity(
     method: str, name: str, low: float, high: float, target: float, fixed: dict[str, Any], datasets: list[str],
-    common: Common, folder: Path, tolerance: float = 0.5, steps: int = 12,
+    common: Common, folder: Path, tolerance: float = 0.5, steps: int = 12, workers: int = 1,
 ) -> pd.DataFrame:  # fmt: skip
     """Find the value of one monotone setting between low and high that gives the target computation sparsity (percent).
 
@@ -46,7 +49,7 @@ def bisect_sparsity(
     tried: list[dict[str, Any]] = []
 
     def sparsity(value: float) -> float:
-        row = _score(method, {**fixed, name: value}, datasets, common, folder)
+        row = _score(method, {**fixed, name: value}, datasets, common, folder, workers)
         tried.append({name: value, **row})
         return row["Computation sparsity"]
 
@@ -73,19 +76,28 @@ def close(
             high = middle
 
 
-def _score(
-    method: str, settings: dict[str, Any], datasets: list[str], common: Common, folder: Path
-) -> dict[str, float]:
-    """Mean score, difference to dense and sparsity over the data sets."""
-    cells = [
+def _cells(method: str, settings: dict[str, Any], datasets: list[str], common: Common) -> list[Cell]:
+    """For each data set, the dense model and the method."""
+    return [
         make_cell("accuracy", dataset=dataset, method=name, settings=chosen, **common)
         for dataset in datasets
         for name, chosen in (("dense", {}), (method, settings))
     ]
-    outcome = run_cells("tune", cells, folder)
+
+
+def _run(cells: Iterable[Cell], folder: Path, workers: int) -> list[CellResult]:
+    outcome = run_cells("tune", cells, folder, workers=workers)
     if outcome.failed:
         raise UserError(next(iter(outcome.failed.values())))
-    pairs = list(zip(outcome.results[::2], outcome.results[1::2], strict=True))
+    return outcome.results
+
+
+def _score(
+    method: str, settings: dict[str, Any], datasets: list[str], common: Common, folder: Path, workers: int = 1
+) -> dict[str, float]:
+    """Mean score, difference to dense and sparsity over the data sets."""
+    results = _run(_cells(method, settings, datasets, common), folder, workers)
+    pairs = list(zip(results[::2], results[1::2], strict=True))
     rows = [
         {
             "Score": result.score,
