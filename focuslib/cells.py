@@ -6,6 +6,7 @@ derived from these files. So a run may be killed at any moment, spread over proc
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -17,7 +18,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -99,6 +101,16 @@ class CellResult:
     median_index: int | None = None
     trace: str | None = None  # file name of the native trace, beside the result
 
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """The samples that were answered."""
+        return [sample for sample in self.samples if "error" not in sample]
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether there are questions that another run may answer: their media could not be read in this one."""
+        return any(not failure.get("final") for failure in self.failures)
+
 
 @dataclass
 class Outcome:
@@ -121,7 +133,9 @@ class Outcome:
         ]
         lines += [f"failed: {cell}: {why}" for cell, why in self.failed.items()]
         for result in self.results:
-            lines += [f"unreadable: {result.cell}: {f['task']} {f['doc_id']}: {f['error']}" for f in result.failures]
+            for failure in result.failures:
+                what = "not possible" if failure.get("final") else "unreadable"
+                lines.append(f"{what}: {result.cell}: {failure['task']} {failure['doc_id']}: {failure['error']}")
         return "\n".join(lines)
 
 
@@ -155,7 +169,7 @@ def run_cells(
     (folder/cells/<experiment>.index), and the simulator's traces trace_folder/<model>_<dataset>.pth.
     """
     outcome = Outcome(folder)
-    cells = list(cells)
+    cells = list(dict.fromkeys(cells))
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for cell, ran, why in over_cells(_settle(cells, folder, workers), len(cells), experiment):
         outcome.ran += ran
@@ -163,14 +177,16 @@ def run_cells(
             outcome.failed[cell] = why
     for cell in cells:
         if cell not in outcome.failed:
-            outcome.results.append(read_result(_result_file(cell, folder)))
+            # the same checkpoint may have been at another path when the result was written
+            outcome.results.append(replace(read_result(_result_file(cell, folder)), cell=cell))
     if trace_folder:
         traces = [result.cell for result in outcome.results if result.cell.kind == "trace"]
         export_traces(outcome, [(cell, trace_folder / pth_name(cell)) for cell in traces])
     index = {
         "cells": [f"{result.cell.name()}.json" for result in outcome.results],
-        "complete": not outcome.failed and not any(result.failures for result in outcome.results),
+        "complete": not outcome.failed and not any(result.unreadable for result in outcome.results),
         "text": outcome.summary(),
+        "time": time.time(),
     }
     write_json(folder / "cells" / f"{experiment}.index", index)
     return outcome
@@ -189,7 +205,12 @@ def _settle(cells: list[Cell], folder: Path, workers: int) -> Iterator[Settled]:
         else:
             left.append(cell)
     for name in dict.fromkeys(cell.dataset for cell in left):
-        DATASETS[name].prepare()
+        try:
+            DATASETS[name].prepare()
+        except OSError as error:  # no place for the data, say
+            why = f"{name}: its data could not be made ({error})"
+            yield from ((cell, False, why) for cell in left if cell.dataset == name)
+            left = [cell for cell in left if cell.dataset != name]
     if min(workers, len(left)) > 1:
         yield from _spread(left, folder, workers)
         return
@@ -204,34 +225,59 @@ def _resume(cell: Cell, folder: Path) -> Settled | None:
         path = _result_file(cell, folder)
     except UserError as error:
         return cell, False, str(error)
-    if not path.exists() or read_result(path).failures:
+    if not path.exists() or read_result(path).unreadable:
         return None
     shutil.rmtree(_work_folder(path), ignore_errors=True)  # there if the run was killed right after its result
     return cell, False, None
 
 
 def _spread(cells: list[Cell], folder: Path, workers: int) -> Iterator[Settled]:
-    """Run cells in processes, as they come to an end."""
+    """Run cells in processes, as they come to an end.
+
+    When a process dies, its pool is lost. What is left then runs in a process a cell, so that only the fatal one fails.
+    """
+    lost = []
     with process_pool(min(workers, len(cells))) as pool:
         futures = {pool.submit(_attempt_in_worker, cell, folder): cell for cell in cells}
         for future in as_completed(futures):
             try:
                 yield futures[future], *future.result()
             except BrokenProcessPool:
-                why = "a worker process died, perhaps for want of memory; try fewer workers"
-                yield futures[future], False, why
+                lost.append(futures[future])
+    if lost == cells and len(cells) == 1:
+        yield cells[0], False, "its process died, perhaps for want of memory; run again, with fewer workers"
+        return
+    for cell in lost:
+        yield from _spread([cell], folder, 1)
 
 
 def _attempt(cell: Cell, folder: Path, loaded: _Loader) -> tuple[bool, str | None]:
     """Run a cell. Returns whether it has a result now, and else why not."""
     try:
-        _run(cell, _result_file(cell, folder), loaded)
+        path = _result_file(cell, folder)
+        with claimed(path):
+            if _resume(cell, folder):  # another process was at it
+                return False, None
+            _run(cell, path, loaded)
     except UserError as error:
         return False, str(error)
     except Exception as error:  # an unforeseen fault must not cost the other cells
         traceback.print_exc()
         return False, f"{type(error).__name__}: {error}"
     return True, None
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep a cell from being run by two processes at once. Raises UserError if another has it."""
+    work = _work_folder(path)
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("another process is running it; run again when that has ended") from None
+        yield
 
 
 def _attempt_in_worker(cell: Cell, folder: Path) -> tuple[bool, str | None]:
@@ -254,7 +300,7 @@ def _work_folder(result: Path) -> Path:
 
 
 def read_status(folder: Path, experiment: str) -> dict[str, Any]:
-    """What the latest run of an experiment said: complete (bool) and text."""
+    """What the latest run of an experiment said: complete (bool), text, and time (seconds since 1970)."""
     return json.loads((folder / "cells" / f"{experiment}.index").read_text())
 
 
@@ -265,27 +311,31 @@ def read_result(path: Path) -> CellResult:
 
 
 def collect(folder: Path, only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> list[CellResult]:
-    """The results of the experiments run in a results folder, each cell once, in the order of the indices.
+    """The results of the experiments run in a results folder, each cell once, those of the latest run first.
 
     only, skip: names of experiments to take or leave out.
     """
-    names = []
-    for index in sorted((folder / "cells").glob("*.index")):
-        if index.stem not in skip and (not only or index.stem in only):
-            names += json.loads(index.read_text())["cells"]
+    found = [path for path in (folder / "cells").glob("*.index") if path.stem not in skip]
+    indices = [json.loads(path.read_text()) for path in found if not only or path.stem in only]
+    indices.sort(key=lambda index: index.get("time", 0), reverse=True)
+    names = [name for index in indices for name in index["cells"]]
     paths = [folder / "cells" / name for name in dict.fromkeys(names)]
     return [read_result(path) for path in paths if path.exists()]
 
 
 def export_traces(outcome: Outcome, targets: Iterable[tuple[Cell, Path]]) -> None:
-    """Write the simulator's .pth of each trace cell that has a result, where it is missing or of another cell."""
+    """Write the simulator's .pth of each trace cell that has a result, where it is missing or of another trace."""
     sources = outcome.folder / "cells" / "traces.exported"
     known = json.loads(sources.read_text()) if sources.exists() else {}
     for cell, path in targets:
         result = outcome.result(cell)
-        if result is not None and (known.get(str(path)) != result.trace or not path.exists()):
-            Trace.load(outcome.folder / "cells" / result.trace).save_pth(path)
-            known[str(path)] = result.trace
+        if result is None:
+            continue
+        native = outcome.folder / "cells" / result.trace
+        content = sha256(native.read_bytes()).hexdigest()
+        if known.get(str(path)) != content or not path.exists():
+            Trace.load(native).save_pth(path)
+            known[str(path)] = content
             write_json(sources, known)
 
 
@@ -312,7 +362,7 @@ class _Loader:
             try:
                 self.vlm = load_cell(cell)
             except UserError as error:
-                self.errors[key] = error
+                self.errors[key] = error.with_traceback(None)  # which would keep what was loaded so far
                 raise
             self.key = key
         return self.vlm
@@ -354,7 +404,7 @@ def _run(cell: Cell, path: Path, loaded: _Loader) -> None:
         partial.replace(whole)
     provenance = {**describe_machine(cell.device), "seconds": time.time() - start}
     write_json(path, {"cell": asdict(cell), **evaluation.to_dict(), "provenance": provenance, **extra})
-    if not evaluation.failures:  # else the next run goes on from here
+    if all(failure.get("final") for failure in evaluation.failures):  # else the next run goes on from here
         shutil.rmtree(work)
 
 
@@ -383,13 +433,15 @@ def fingerprint(folder: Path) -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(focuslib.__file__).parent, capture_output=True, text=True
-    )
+    here, describe = Path(focuslib.__file__).parent, ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     return {
         "packages": {name: version(name) for name in ("torch", "transformers", "lmms-eval", "numpy")},
         "python": platform.python_version(),
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
         "cores": os.cpu_count(),
     }

@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from focuslib.errors import UserError
+from focuslib.errors import UserError, pick
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,6 +15,8 @@ def main(arguments: list[str] | None = None) -> None:
     if rest and options.run is not _lmms_eval:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
+    if options.run not in (_fetch, _lmms_eval):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what is on this disk; `focus fetch` downloads
     try:
         status = options.run(options)
     except UserError as error:
@@ -93,10 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="run the experiments anew and compare their tables with the expected ones",
-        description="Run a profile's notebooks into results/verify and compare the tables with results/<profile>, "
+        description="Run a profile's notebooks into results/verify and compare the tables with those that are "
+        "committed in results/<profile>, "
         "within the tolerances of focuslib/verify.py; exit status 1 on a difference.",
     )
     verify.add_argument("--profile", default="laptop", help="folder of params/ (default %(default)s)")
+    verify.add_argument("--resume", action="store_true", help="go on with a verification that was stopped")
     verify.add_argument("--fresh", type=Path, help="compare this results folder and run nothing")
     verify.set_defaults(run=_verify)
 
@@ -138,8 +143,28 @@ def _parser() -> argparse.ArgumentParser:
 def _lmms_eval(options: argparse.Namespace) -> int:
     from lmms_eval.cli.dispatch import main as lmms_eval
 
+    from focuslib.methods.settings import make_method
+    from focuslib.models import MODELS
+
+    # lmms-eval reports a mistake in these with a traceback and exit status 0
+    given = dict(pair.partition("=")[::2] for pair in _option(options.rest, "--model_args").split(",") if pair)
+    if _option(options.rest, "--model") == "focuslib":
+        pick(MODELS, given.pop("model", "tiny_onevision"), "model")
+        own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size")
+        settings = {name: value for name, value in given.items() if name not in (*own, "method")}
+        make_method(given.get("method", "dense"), settings)
     sys.argv = ["lmms-eval", *options.rest]
     return lmms_eval() or 0
+
+
+def _option(arguments: list[str], name: str) -> str:
+    """The value of an option, written `--name value` or `--name=value`; empty if it is not given."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return ""
 
 
 def _positive(text: str) -> int:
@@ -153,6 +178,8 @@ def _run(options: argparse.Namespace) -> int:
     from focuslib.cells import make_cell, run_cells
     from focuslib.report import comparison_table
 
+    if options.trace_dir and options.method != "focus":
+        raise UserError(f"--trace-dir: {options.method} has no traces; the simulator's are of --method focus")
     settings = dict(_assignment(text, "--set") for text in options.set)
     cells = [
         make_cell(kind, dataset=options.task, method=options.method, settings=settings, **_common(options))
@@ -163,7 +190,7 @@ def _run(options: argparse.Namespace) -> int:
     table = comparison_table(outcome.results)
     if not table.empty:
         print(table.round(2).to_string(index=False))
-    unreadable = any(result.failures for result in outcome.results)
+    unreadable = any(result.unreadable for result in outcome.results)
     return 1 if outcome.failed or unreadable else 0
 
 
@@ -214,7 +241,6 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what is on this disk; `focus fetch` downloads
     from focuslib.reproduce import reproduce
 
     return 0 if reproduce(options.profile, options.only) else 1
@@ -223,15 +249,17 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from focuslib.experiments import results_folder
     from focuslib.reproduce import reproduce
-    from focuslib.verify import compare_folders
+    from focuslib.verify import compare_folder, expected_tables
 
-    expected, fresh = results_folder(options.profile), options.fresh
+    expected, fresh = expected_tables(results_folder(options.profile)), options.fresh
     if fresh is None:
         fresh = results_folder("verify")
+        if not options.resume:
+            shutil.rmtree(fresh, ignore_errors=True)
         if not reproduce(options.profile, changes={"profile": fresh.name}):
             return 1
-    differences = compare_folders(expected, fresh)
-    print("\n".join(differences) or f"the tables of {fresh} are those of {expected} within the tolerances")
+    differences = compare_folder(expected, fresh)
+    print("\n".join(differences) or f"the {len(expected)} tables of {fresh} are as expected within the tolerances")
     return 1 if differences else 0
 
 
@@ -252,7 +280,6 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before a hub client is imported
     from focuslib.check import check_profile, cost, table
 
     pairs = check_profile(options.profile)

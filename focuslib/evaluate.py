@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from loguru import logger
 from tqdm import tqdm
 
 from focuslib.errors import InputError, UserError, pick
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # Generation arguments of the tasks that a greedy decoder understands; the others (temperature, beams) are left out.
 _GENERATION = ("max_new_tokens",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class FocusLmms(lmms):
@@ -88,7 +90,7 @@ class FocusLmms(lmms):
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
                     entry = self._answer(run, *request.args)
-                    if self.journal and "error" not in entry:
+                    if self.journal and ("error" not in entry or "final" in entry):
                         self.journal.add(key, entry)
                 self.records[task, doc_id] = entry
                 answers.append(entry["answer"])
@@ -103,12 +105,14 @@ class FocusLmms(lmms):
                 raise UserError(f"{len(visuals)} images or videos in one question; the models here take one")
             inputs = self.vlm.prepare(visuals[0], context)
         except (SystemExit, UserError) as error:  # the former is how some stock tasks report a missing video
+            logger.warning(f"{task} {doc_id}: {error}")
             return {"answer": "", "error": str(error)}
         start = time.perf_counter()
         try:
             ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
         except InputError as error:
-            return {"answer": "", "error": str(error)}
+            logger.warning(f"{task} {doc_id}: {error}")
+            return {"answer": "", "error": str(error), "final": True}
         seconds = time.perf_counter() - start
         answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
         stops = generation.get("until") or ()
@@ -155,6 +159,14 @@ def load_vlm(
     """Load a VLM by adapter name. device: None takes the GPU if there is one."""
     adapter = pick(MODELS, name, "model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"unknown device {device!r}; write cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device}: no CUDA GPU here; take --device cpu (device: cpu in a parameter file)")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
     return adapter.load(pretrained, device=device, dtype=dtype, **settings)
 
 
@@ -163,7 +175,8 @@ class Evaluation:
     """A method's result on a data set.
 
     score: the published score. samples: one dict a question, in order: task, doc_id, score (0 … 1), answer, and the
-    numbers of `summary`. failures: questions whose media could not be read (they count as wrong).
+    numbers of `summary`. failures: questions that count as wrong because their media could not be read, or (final)
+    because the method cannot take them.
     """
 
     score: float
@@ -223,18 +236,19 @@ def evaluate(
             entry.pop("key", None)
             identity = {"task": task, "doc_id": sample["doc_id"]}
             if "error" in entry:
-                failures.append({**identity, "error": entry["error"]})
+                failures.append({**identity, **{name: entry[name] for name in ("error", "final") if name in entry}})
             samples.append({**identity, "score": dataset.sample_score(sample), **entry})
     if samples and len(failures) == len(samples):
         raise UserError(f"{dataset.name}: no question could be answered; the first: {failures[0]['error']}")
     return Evaluation(dataset.score(outcome["results"], samples), samples, failures)
 
 
-def question(dataset: str, model_name: str, number: int) -> tuple[Any, str]:
-    """The media and the prompt of one question of a data set's first task."""
-    task = load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1][0]
-    doc = task.eval_docs[number]
-    return task.doc_to_visual(doc)[0], task.doc_to_text(doc)
+def question(dataset: str, model_name: str, number: int, task: str | None = None) -> tuple[Any, str]:
+    """The media and the prompt of one question of a data set's task. task: its name, the first one by default."""
+    tasks = load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1]
+    chosen = next(one for one in tasks if task in (None, one.config.task))
+    doc = chosen.eval_docs[number]
+    return chosen.doc_to_visual(doc)[0], chosen.doc_to_text(doc)
 
 
 @cache

@@ -51,6 +51,23 @@ class VisualGrid:
             if (df, dh, dw) != (0, 0, 0)
         ]
 
+    @property
+    def frame_size(self) -> int:
+        """Tokens a frame, separators included.
+
+        A frame is never smaller than its rows: the published grid of LLaVA images has a frame stride that only serves
+        the neighbourhood of Focus.
+        """
+        return max(self.frame_stride, self.height * self.height_stride)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of each frame of a video, for the methods that compare whole frames.
+
+        Not the frame stride: the published grid of MiniCPM-V always has that of a frame cut into slices.
+        """
+        return self.length // self.num_frames
+
     def to_dict(self) -> dict[str, int]:
         """The grid as plain integers, for files."""
         return asdict(self)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from focuslib.grid import VisualGrid
-from focuslib.methods.frames import frame_size, tokens_per_frame
 
 SEPARATOR = 0.06  # side of the cell of a newline or marker, which stands for no part of the picture
 
@@ -41,8 +40,8 @@ def rows_layout(grid: VisualGrid, newline: bool = False) -> TokenLayout:
 
     Several frames are drawn only where the tokens are that many whole frames: images have a frame stride as well.
     """
-    whole = grid.length % grid.num_frames == 0 and tokens_per_frame(grid) >= grid.height * grid.height_stride
-    size = tokens_per_frame(grid) if whole else max(grid.length, frame_size(grid))
+    whole = grid.length % grid.num_frames == 0 and grid.tokens_per_frame >= grid.height * grid.height_stride
+    size = grid.tokens_per_frame if whole else max(grid.length, grid.frame_size)
     position = np.arange(grid.length)
     columns = min(grid.height_stride, size)
     box = cells(position % size, math.ceil(min(size, grid.length) / columns), columns, newline)

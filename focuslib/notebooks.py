@@ -7,6 +7,7 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from focuslib.errors import UserError
@@ -26,7 +27,7 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
     params_file = root / "params" / profile / f"{experiment}.yaml"
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
-    params = read_params(params_file) | (changes or {})
+    params = {"profile": profile, **read_params(params_file), **(changes or {})}
     known = set(papermill.inspect_notebook(str(source)))
     if unknown := sorted(set(params) - known):
         raise UserError(
@@ -48,6 +49,9 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
         )
     except PapermillExecutionError as error:
         raise UserError(f"{source.name}: {error.ename}: {error.evalue} (partial notebook: {partial})") from error
+    except DeadKernelError as error:
+        why = "its kernel died, perhaps for want of memory; run again to go on from here"
+        raise UserError(f"{source.name}: {why}") from error
     tidy(partial)
     partial.replace(target)
     return target

@@ -28,6 +28,16 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+NEEDED = ("models", "datasets", "limit", "trace_samples", "device", "dtype", "seed")
+NEEDED_BY = {
+    "main": ("methods",),
+    "baselines": ("methods",),
+    "image": ("methods",),
+    "dse": ("sweeps", "ablation_limit"),
+}
+FROM_ONE = ("limit", "matched_limit", "ablation_limit", "trace_samples", "workers")
+
+
 def project_root() -> Path:
     """The project's folder: the first one upwards from the working directory that holds params/."""
     for folder in (Path.cwd(), *Path.cwd().parents):
@@ -52,11 +62,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """The parameters of one notebook and profile, names and types checked."""
+    """The parameters of one notebook and profile, names and types checked. The file has the notebook's name."""
     params = read_yaml(path)
     try:
         for name, value in params.items():
             check_param(name, value)
+        for name in (*NEEDED, *NEEDED_BY.get(path.stem, ())):
+            if name not in params:
+                raise UserError(f"{name} is missing")
+        if params.get("matched") and "matched_limit" not in params:
+            raise UserError("matched_limit is missing; matched needs it")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return params
@@ -68,12 +83,36 @@ def check_param(name: str, value: Any) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
         raise UserError(f"{name} is {value!r}; it must be {wanted}")
+    if name in FROM_ONE and value is not None and value < 1:
+        raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
     """The hyper-parameters of a method for a model and data set, from params/methods.yaml."""
-    path = path or project_root() / "params" / "methods.yaml"
-    return matching_settings(read_yaml(path).get(method) or [], model, dataset)
+    content = _methods_file(path or project_root() / "params" / "methods.yaml")
+    return matching_settings(content.get(method) or [], model, dataset)
+
+
+def _methods_file(path: Path) -> dict[str, Any]:
+    """params/methods.yaml, its names checked: a misspelt one would silently match nothing."""
+    from focuslib.methods import METHODS
+    from focuslib.models import MODELS
+    from focuslib.tasks.datasets import DATASETS
+
+    content = read_yaml(path)
+    try:
+        for method, entries in content.items():
+            pick(METHODS, method, "method")
+            for entry in entries or []:
+                for kind, table in (("models", MODELS), ("datasets", DATASETS)):
+                    names = entry.get(kind, [])
+                    if not isinstance(names, list):
+                        raise UserError(f"{method}: {kind} is {names!r}; it must be a list")
+                    for name in names:
+                        pick(table, name, kind.removesuffix("s"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return content
 
 
 def matching_settings(entries: list[dict[str, Any]], model: str, dataset: str) -> dict[str, Any]:

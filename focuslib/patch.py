@@ -25,7 +25,6 @@ from focuslib.ops import DecoderShape
 from focuslib.semantic import attention_rows
 from focuslib.trace import Trace
 
-ATTENTION_NAME = "focuslib"
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
 
 
@@ -136,9 +135,11 @@ class _Patch:
             undo.callback(_patches.pop, attention, None)
         config = self.decoder.config
         undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
-        AttentionInterface.register(ATTENTION_NAME, _attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, self.base_mask)
-        config._attn_implementation_internal = ATTENTION_NAME
+        # a name for each implementation: models of different ones may be patched at the same time
+        name = f"focuslib_{config._attn_implementation}"
+        AttentionInterface.register(name, _attention)
+        AttentionMaskInterface.register(name, self.base_mask)
+        config._attn_implementation_internal = name
         hooks = [
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave),

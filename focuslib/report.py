@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,8 +14,12 @@ from matplotlib.figure import Figure
 
 from focuslib.cells import Cell, CellResult, collect, load_cell
 from focuslib.errors import UserError
+from focuslib.intervals import mcnemar, mean_interval, paired_difference, proportion_interval
+from focuslib.layout import TokenLayout
 from focuslib.measure import measure
+from focuslib.methods import Method
 from focuslib.methods.settings import make_method
+from focuslib.models import VLM
 from focuslib.ops import SITES
 
 # method → column of accuracy.csv, the order the published file has
@@ -29,22 +33,6 @@ ACCURACY_COLUMNS = {
     "int8_focus": "INT8_Focus",
 }
 CMC_SPARSITIES = ("linear_sparsity", "query_sparsity", "attn_score_sparsity")
-Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
-
-
-def proportion_interval(right: float, asked: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion, 0 … 1."""
-    p, z2 = right / asked, Z95**2
-    centre = (p + z2 / (2 * asked)) / (1 + z2 / asked)
-    half = Z95 / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and the half width of its 95 % interval (normal approximation); the half width is 0 for one value."""
-    values = np.asarray(list(values), dtype=float)
-    half = Z95 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), float(half)
 
 
 def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.DataFrame:
@@ -60,7 +48,8 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             continue
         scores = [sample["score"] for sample in result.samples]
         low, high = proportion_interval(sum(scores), len(scores))
-        sparsity, sparsity_half = mean_interval(s["computation_sparsity"] for s in _read(result))
+        sparsity, sparsity_half = mean_interval(s["computation_sparsity"] for s in result.answered)
+        left = np.mean([s["retained"][-1] / s["visual_tokens"] for s in result.answered])
         row = {
             "Model": cell.model,
             "Dataset": cell.dataset,
@@ -72,7 +61,7 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             "High": 100 * high,
             "Computation sparsity": 100 * sparsity,
             "Sparsity ±": 100 * sparsity_half,
-            "Tokens at the end": 100 * float(np.mean([s["retained"][-1] / s["visual_tokens"] for s in _read(result)])),
+            "Tokens at the end": 100 * float(left),
         }
         base = dense.get((cell.model, cell.dataset))
         if base is not None and row["Method"] != "dense":
@@ -80,17 +69,6 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             row |= {"Difference": 100 * difference, "Difference ±": 100 * half}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def paired_difference(base: CellResult, other: CellResult) -> tuple[float, float]:
-    """Mean score difference on the questions both answered, and its 95 % half width.
-
-    The width is that of Bonett and Price (2012), as if one more question had been won and one lost: a few questions on
-    which the two agree do not show that they always would.
-    """
-    scores = {(s["task"], s["doc_id"]): s["score"] for s in base.samples}
-    pairs = [s["score"] - scores[s["task"], s["doc_id"]] for s in other.samples if (s["task"], s["doc_id"]) in scores]
-    return float(np.mean(pairs)), Z95 * float(np.std([*pairs, 1, -1])) / math.sqrt(len(pairs) + 2)
 
 
 def accuracy_table(results: list[CellResult]) -> pd.DataFrame:
@@ -113,7 +91,7 @@ def sparsity_table(results: list[CellResult], method: str, columns: dict[str, st
     """
     rows = [
         {"Model": r.cell.model, "Dataset": r.cell.dataset}
-        | {column: mean_interval(s["stats"][name] for s in _read(r))[0] for name, column in columns.items()}
+        | {column: mean_interval(s["stats"][name] for s in r.answered)[0] for name, column in columns.items()}
         for r in results
         if r.cell.kind == "sparsity" and r.cell.method == method
     ]
@@ -140,7 +118,7 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
 
 
 def write_tables(folder: Path) -> None:
-    """Write every CSV that the results in a folder allow, but for those of the design space (dse.write_tables)."""
+    """Write every CSV that the results in a folder allow; report_dse.write_tables writes those of the design space."""
     results = _most_questions(collect(folder, skip=("dse",)))
     tables = {
         "accuracy": accuracy_table(results),
@@ -184,51 +162,43 @@ def beside_published(results: list[CellResult], root: Path) -> pd.DataFrame:
     return ours[columns].merge(theirs, on=["Model", "Dataset", "Method"])
 
 
-def site_sparsity_figure(results: list[CellResult]) -> Figure:
+def site_sparsity_figure(results: list[CellResult]) -> Figure | None:
     """Sparsity of each GEMM site by layer, mean over the questions, one panel a data set."""
     rows = [
         {"Dataset": r.cell.dataset, "Site": site, "Layer": layer, "Sparsity (%)": 100 * value}
         for r in _focus(results)
         for site in SITES
-        for layer, value in enumerate(np.mean([s["site_sparsity"][site] for s in _read(r)], axis=0))
+        for layer, value in enumerate(np.mean([s["site_sparsity"][site] for s in r.answered], axis=0))
     ]
     return _lines(rows, y="Sparsity (%)", hue="Site")
 
 
-def retained_figure(results: list[CellResult]) -> Figure:
+def retained_figure(results: list[CellResult]) -> Figure | None:
     """Visual tokens that reach each layer's MLP, in percent of the original, one panel a data set."""
-    rows = [
-        {"Dataset": r.cell.dataset, "Method": method_label(r.cell), "Layer": layer, "Tokens kept (%)": 100 * value}
-        for r in results
-        if r.cell.kind == "accuracy"
-        for layer, value in enumerate(np.mean([np.array(s["retained"]) / s["visual_tokens"] for s in _read(r)], axis=0))
-    ]
+    rows = []
+    for result in (r for r in results if r.cell.kind == "accuracy"):
+        shares = np.mean([np.array(s["retained"]) / s["visual_tokens"] for s in result.answered], axis=0)
+        names = {"Dataset": result.cell.dataset, "Method": method_label(result.cell)}
+        rows += [{**names, "Layer": layer, "Tokens kept (%)": 100 * value} for layer, value in enumerate(shares)]
     return _lines(rows, y="Tokens kept (%)", hue="Method")
 
 
-def kept_tokens_figure(frames: np.ndarray, grid, kept: dict[int, np.ndarray], title: str) -> Figure:
+def kept_tokens_figure(frames: np.ndarray, layout: TokenLayout, kept: dict[int, np.ndarray], title: str) -> Figure:
     """A clip with its pruned tokens darkened: one row a pruning layer, one column a frame (at most eight).
 
-    frames: [F, H, W, 3] uint8. kept: layer → positions (0 … S − 1) that are left after it.
+    frames: [F, H, W, 3] uint8. layout: where the S visual tokens lie in them; where they overlap (an image and its
+    tiles), brightness is the share that is kept. kept: layer → positions (0 … S − 1) that are left after it.
     """
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames)), dtype=int)
-    rows = {"input": np.arange(grid.length), **{f"after layer {layer}": np.asarray(k) for layer, k in kept.items()}}
+    everything = np.arange(len(layout.frame))
+    rows = {"input": everything, **{f"after layer {layer}": np.asarray(left) for layer, left in kept.items()}}
     figure, axes = plt.subplots(
         len(rows), len(shown), figsize=(1.4 * len(shown), 1.5 * len(rows)), squeeze=False, layout="constrained"
     )
-    height, width = frames.shape[1:3]
     for line, (label, positions) in zip(axes, rows.items(), strict=True):
-        mask = np.zeros(grid.num_frames * grid.frame_stride, bool)
-        mask[positions] = True
-        mask = mask.reshape(grid.num_frames, grid.frame_stride)
+        present = np.isin(everything, positions)
         for axis, frame in zip(line, shown, strict=True):
-            tokens = mask[frame][: grid.height * grid.height_stride].reshape(grid.height, grid.height_stride)
-            tokens = tokens[:, : grid.width]
-            rise, run = (
-                np.linspace(0, grid.height, height, endpoint=False),
-                np.linspace(0, grid.width, width, endpoint=False),
-            )
-            light = np.where(tokens[np.ix_(rise.astype(int), run.astype(int))], 1.0, 0.15)[..., None]
+            light = 0.15 + 0.85 * _share_kept(layout, frame, present, frames.shape[1:3])[..., None]
             axis.imshow((frames[frame] * light).astype(np.uint8))
             axis.set_xticks([])
             axis.set_yticks([])
@@ -239,15 +209,19 @@ def kept_tokens_figure(frames: np.ndarray, grid, kept: dict[int, np.ndarray], ti
     return figure
 
 
-def mcnemar(base: CellResult, other: CellResult) -> tuple[int, int, float]:
-    """Questions only `base` got right, only `other` got right, and the exact two-sided McNemar p-value."""
-    scores = {(s["task"], s["doc_id"]): s["score"] > 0.5 for s in base.samples}
-    pairs = [
-        (scores[s["task"], s["doc_id"]], s["score"] > 0.5) for s in other.samples if (s["task"], s["doc_id"]) in scores
-    ]
-    lost, won = pairs.count((True, False)), pairs.count((False, True))
-    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won)
-    return lost, won, min(1.0, 2 * tail)
+def _share_kept(layout: TokenLayout, frame: int, present: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """For each pixel of a frame, the share of the tokens drawn there that are present; 1 where there are none."""
+    height, width = size
+    drawn, kept = np.zeros(size), np.zeros(size)
+    for token in np.flatnonzero(layout.frame == frame):
+        left, top, wide, high = layout.box[token]
+        if left >= 1:  # a newline or marker, which stands for no part of the picture
+            continue
+        edges = [round(top * height), round((top + high) * height), round(left * width), round((left + wide) * width)]
+        place = np.s_[edges[0] : edges[1], edges[2] : edges[3]]
+        drawn[place] += 1
+        kept[place] += present[token]
+    return np.divide(kept, drawn, out=np.ones(size), where=drawn > 0)
 
 
 def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFrame:
@@ -285,9 +259,11 @@ def layout_of_table_two(results: list[CellResult], root: Path) -> pd.DataFrame:
     return pd.DataFrame([{"Model": m, "Dataset": d, "": kind, **v} for (m, d, kind), v in rows.items()])
 
 
-def trade_off_figure(results: list[CellResult]) -> Figure:
+def trade_off_figure(results: list[CellResult]) -> Figure | None:
     """Score against computation sparsity with 95 % intervals, one panel a data set."""
     table = comparison_table(results)
+    if table.empty:
+        return None
     panels = list(table.groupby(["Model", "Dataset"], sort=False))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.4 * len(panels), 3.2), squeeze=False, sharex=True, layout="constrained"
@@ -314,8 +290,6 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
     The methods here emulate the savings of an accelerator; this table says what the emulation itself costs.
     Time: the shortest of `repeats` prefills. Memory: above what the loaded model takes.
     """
-    from focuslib.evaluate import question
-
     rows, vlm, loaded = [], None, None
     for result in results:
         cell = result.cell
@@ -324,7 +298,7 @@ def cost_table(results: list[CellResult], repeats: int = 5) -> pd.DataFrame:
         if loaded != (cell.model, cell.checkpoint):
             vlm = load_cell(cell)
             loaded = (cell.model, cell.checkpoint)
-        inputs = vlm.prepare(*question(cell.dataset, vlm.name, 0))
+        inputs = vlm.prepare(*_first_question(result, vlm))
         with make_method(cell.method, cell.settings)(vlm) as run:
             vlm.prefill(inputs)  # warms up
             seconds, mebibytes = measure(lambda inputs=inputs, vlm=vlm: vlm.prefill(inputs), repeats, vlm.device)
@@ -342,12 +316,17 @@ def method_label(cell: Cell) -> str:
 
 
 def _most_questions(results: list[CellResult]) -> list[CellResult]:
-    """Of the cells that differ only in how many questions they ask, the one that asks most."""
+    """One result for each row and column of the tables: of the latest settings, the cell that asks most questions.
+
+    results: those of the latest run first. The cells of one setting differ in how many questions they ask.
+    """
     chosen: dict[tuple, CellResult] = {}
     for result in results:
         cell = result.cell
         key = (cell.kind, cell.model, cell.dataset, method_label(cell))
-        if key not in chosen or len(result.samples) > len(chosen[key].samples):
+        latest = chosen.setdefault(key, result)
+        same = replace(cell, limit=latest.cell.limit, sample=latest.cell.sample) == latest.cell
+        if same and len(result.samples) > len(latest.samples):
             chosen[key] = result
     return list(chosen.values())
 
@@ -362,12 +341,9 @@ def _focus(results: list[CellResult]) -> list[CellResult]:
     return [r for r in results if r.cell.kind == "accuracy" and method_label(r.cell) == "focus"]
 
 
-def _read(result: CellResult) -> list[dict]:
-    """The samples whose media could be read."""
-    return [sample for sample in result.samples if "error" not in sample]
-
-
-def _lines(rows: list[dict], y: str, hue: str) -> Figure:
+def _lines(rows: list[dict], y: str, hue: str) -> Figure | None:
+    if not rows:
+        return None
     grid = sns.relplot(
         pd.DataFrame(rows), x="Layer", y=y, hue=hue, style=hue, col="Dataset", kind="line", markers=True,
         height=2.8, aspect=1.2, palette="colorblind",
@@ -378,6 +354,8 @@ def _lines(rows: list[dict], y: str, hue: str) -> Figure:
 
 def average_table(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the data sets, one row a (model, method), of a comparison table."""
+    if table.empty:
+        return table
     columns = [c for c in ("Score", "Difference", "Computation sparsity", "Tokens at the end") if c in table]
     return table.groupby(["Model", "Method"], sort=False)[columns].mean().reset_index()
 
@@ -393,35 +371,47 @@ def show(table: pd.DataFrame) -> None:
 
 
 def example_clip(results: list[CellResult]) -> Figure | None:
-    """The first question of the last data set under Focus, run once more: its frames and the tokens kept."""
-    chosen = _focus(results)
-    if not chosen:
+    """A question of the last data set under Focus, run once more: its frames and the tokens kept."""
+    example = _example(results)
+    if example is None:
         return None
-    from focuslib.evaluate import question
-
-    cell = chosen[-1].cell
-    vlm = load_cell(cell)
-    media, prompt = question(cell.dataset, vlm.name, 0)
-    with make_method(cell.method, cell.settings)(vlm) as run:
+    vlm, method, media, prompt = example
+    with method(vlm) as run:
         answer = vlm.generate(media, prompt)
     kept = {layer: positions.numpy() for layer, positions in run.last.kept.items()}
     title = f"{prompt.splitlines()[0]} → {answer} ({100 * run.sparsity:.0f} % of the computation saved)"
-    return kept_tokens_figure(vlm.frames(media), run.last.grid, kept, title)
+    frames = vlm.frames(media)
+    return kept_tokens_figure(frames, vlm.layout(run.last.grid, frames.shape[1:3]), kept, title)
 
 
 def example_view(results: list[CellResult]) -> None:
     """Show the same question as a view that needs no kernel, with a picture for viewers that run no scripts."""
-    chosen = _focus(results)
-    if not chosen:
+    example = _example(results)
+    if example is None:
         return
     from IPython.display import HTML, Image, display
 
-    from focuslib.evaluate import question
     from focuslib.explore import view_html, view_png
     from focuslib.view_data import run_view
 
+    vlm, method, media, prompt = example
+    data = run_view(vlm, media, prompt, method, method)
+    display(HTML(view_html(data)), Image(view_png(data)))
+
+
+def _example(results: list[CellResult]) -> tuple[VLM, Method, Any, str] | None:
+    """The first question that Focus answered of the last data set, with its model and method."""
+    chosen = _focus(results)
+    if not chosen:
+        return None
     cell = chosen[-1].cell
     vlm = load_cell(cell)
-    method = make_method(cell.method, cell.settings)
-    data = run_view(vlm, *question(cell.dataset, vlm.name, 0), method, method)
-    display(HTML(view_html(data)), Image(view_png(data)))
+    return vlm, make_method(cell.method, cell.settings), *_first_question(chosen[-1], vlm)
+
+
+def _first_question(result: CellResult, vlm: VLM) -> tuple[Any, str]:
+    """The media and prompt of the first question that a cell answered."""
+    from focuslib.evaluate import question
+
+    first = result.answered[0]
+    return question(result.cell.dataset, vlm.name, first["doc_id"], first["task"])

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from focuslib.cells import CellResult, Outcome
 from focuslib.experiments import SweepPoint
-from focuslib.report import mean_interval, paired_difference, proportion_interval, write_csv
+from focuslib.intervals import mean_interval, paired_difference, proportion_interval
+from focuslib.report import write_csv
 
 # sweep → its table and its column there
 FILES = {"m_tile_size": "dse_a_m_tile", "vector_size": "dse_b_vector", "block_size": "dse_c_block"}
@@ -37,7 +38,7 @@ def sweep_table(outcome: Outcome, points: list[SweepPoint], sweep: str, root: Pa
         result = outcome.result(point.accuracy)
         if point.sweep != sweep or result is None:
             continue
-        samples = [s for s in result.samples if "error" not in s]
+        samples = result.answered
         scores = [s["score"] for s in result.samples]
         comparable = sweep == "block_size" or point.accuracy.model == PUBLISHED_MODEL
         low, high = proportion_interval(sum(scores), len(scores))
@@ -72,8 +73,10 @@ def write_tables(outcome: Outcome, points: list[SweepPoint]) -> None:
         write_csv(ablation.round(2), outcome.folder / "ablation.csv")
 
 
-def sweep_figure(table: pd.DataFrame, sweep: str) -> Figure:
+def sweep_figure(table: pd.DataFrame, sweep: str) -> Figure | None:
     """A sweep in three panels: score (95 % interval) beside the paper's, computation sparsity, computed vectors."""
+    if table.empty:
+        return None
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained")
     at = np.arange(len(table))
     spread = [table["Score"] - table["Low"], table["High"] - table["Score"]]
@@ -131,7 +134,7 @@ def ablation_table(results: list[CellResult]) -> pd.DataFrame:
         for name, result in (("dense", dense), ("focus, SEC only", ablated), ("focus", focus)):
             if result is None:
                 continue
-            samples = [s for s in result.samples if "error" not in s]
+            samples = result.answered
             left = np.array([(1 - s["computation_sparsity"]) * s["dense_operations"] for s in samples])
             compare = dense is not None and name != "dense"
             difference, half = paired_difference(dense, result) if compare else (np.nan, np.nan)

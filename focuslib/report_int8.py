@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from focuslib.cells import CellResult, load_cell
+from focuslib.intervals import mean_interval, paired_difference
 from focuslib.models.quantize import linear_layers
 from focuslib.patch import find_decoder
-from focuslib.report import mean_interval, paired_difference, published
+from focuslib.report import published
 
 
 def degradation_table(results: list[CellResult], root: Path) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """Run all experiment notebooks of a profile in order, and say at the end what became of them."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from focuslib.cells import read_status
 from focuslib.errors import UserError
-from focuslib.experiments import planned_cells
+from focuslib.experiments import planned_cells, results_folder
 from focuslib.notebooks import EXPERIMENTS, execute
 from focuslib.params import project_root, read_params
 from focuslib.progress import announce
@@ -33,6 +34,9 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
             what, complete = f"{status['text']}\ntables and figures: {notebook}", status["complete"]
         except UserError as error:
             what, complete = f"failed: {error}", False
+            with suppress(OSError):  # what the cells said before the notebook failed
+                status = read_status(results_folder((changes or {}).get("profile", profile)), experiment)
+                what += f"\n{status['text']}" if status["time"] >= began else ""
         lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
         whole &= complete
     headline = "all is there" if whole else "not all is there"

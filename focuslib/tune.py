@@ -11,7 +11,7 @@ import pandas as pd
 
 from focuslib.cells import Cell, CellResult, make_cell, run_cells
 from focuslib.errors import UserError
-from focuslib.report import mean_interval, paired_difference
+from focuslib.intervals import mean_interval, paired_difference
 
 Common = dict[str, Any]  # the arguments of make_cell that all settings share, but for the data set
 
@@ -102,7 +102,7 @@ def _score(
         {
             "Score": result.score,
             "Difference": 100 * paired_difference(dense, result)[0],
-            "Computation sparsity": 100 * mean_interval(s["computation_sparsity"] for s in result.samples)[0],
+            "Computation sparsity": 100 * mean_interval(s["computation_sparsity"] for s in result.answered)[0],
         }
         for dense, result in pairs
     ]

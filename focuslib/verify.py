@@ -1,5 +1,7 @@
-"""Compare the tables of two results folders within stated tolerances."""
+"""Compare the tables of a run with the committed ones, within stated tolerances."""
 
+import subprocess
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -26,18 +28,36 @@ def tolerance(column: str, expected: float, questions: float | None) -> float:
     return {**POINTS, **SHARES, **EXACT}.get(column, SMALL_SCORE if few else SCORE)
 
 
-def compare_folders(expected: Path, fresh: Path) -> list[str]:
-    """One line for each difference between the tables of two results folders; empty: they agree.
+def expected_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables (*.csv) of a results folder as they are committed; as they lie there where there is no git.
 
-    Raises UserError if the expected folder has no tables.
+    A run overwrites them, so what lies there may be its own. Raises UserError if there are none.
     """
-    names = sorted(path.name for path in expected.glob("*.csv"))
-    if not names:
-        raise UserError(f"{expected}: no expected tables (*.csv); get them back: git checkout {expected}")
+    committed = _git(folder, "ls-tree", "--name-only", "HEAD", "./")
+    if committed is None:
+        tables = {path.name: path.read_text() for path in sorted(folder.glob("*.csv"))}
+    else:
+        names = [name for name in committed.split() if name.endswith(".csv")]
+        tables = {Path(name).name: _git(folder, "show", f"HEAD:./{name}") for name in names}
+    if not tables:
+        raise UserError(f"{folder}: no expected tables (*.csv) are committed there; there is nothing to compare with")
+    return {name: pd.read_csv(StringIO(text)) for name, text in tables.items()}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says in a folder; None if there is no git or the folder is not in a checkout."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def compare_folder(expected: dict[str, pd.DataFrame], fresh: Path) -> list[str]:
+    """One line for each difference between expected tables (by file name) and a folder's; empty: they agree."""
     lines = []
-    for name in names:
+    for name, table in expected.items():
         if (fresh / name).exists():
-            lines += compare_tables(pd.read_csv(expected / name), pd.read_csv(fresh / name), name)
+            lines += compare_tables(table, pd.read_csv(fresh / name), name)
         else:
             lines.append(f"{name}: missing in {fresh}")
     return lines

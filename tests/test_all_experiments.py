@@ -1,22 +1,27 @@
 """All five experiments on two questions of the untrained model: every file and column of the simulator's contract."""
 
+import subprocess
+from dataclasses import asdict
+
+import nbformat
 import pandas as pd
 import pytest
 import torch
 from tiny_models import untrained_checkpoint, untrained_vlm
 
 from focuslib import experiments, report, report_dse, report_int8
-from focuslib.cells import load_cell
+from focuslib.cells import Outcome, load_cell, make_cell
 from focuslib.errors import UserError
 from focuslib.evaluate import question
 from focuslib.html_report import write_report
+from focuslib.journal import write_json
 from focuslib.methods import Focus
 from focuslib.models.quantize import linear_layers
 from focuslib.ops import SITES, concentrated_operations
 from focuslib.params import project_root, read_params
 from focuslib.patch import find_decoder
 from focuslib.trace import Trace
-from focuslib.verify import compare_folders, compare_tables
+from focuslib.verify import compare_folder, compare_tables, expected_tables
 
 VIDEO = ["tinyvideo_attributes", "tinyvideo_motion"]
 SWEEPS = {
@@ -198,22 +203,86 @@ def test_an_image_is_the_picture_and_its_tiles():
 
 def test_verify_sees_differences(done, tmp_path):
     folder = done[0]
-    assert compare_folders(folder, folder) == []
+    expected = expected_tables(folder)  # not in a checkout: as they lie there
+    assert compare_folder(expected, folder) == []
     for path in folder.glob("*.csv"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     accuracy = pd.read_csv(tmp_path / "accuracy.csv")
     accuracy.loc[0, "Dense"] += 1.9
     accuracy.to_csv(tmp_path / "accuracy.csv", index=False)
-    assert compare_folders(folder, tmp_path) == []
+    assert compare_folder(expected, tmp_path) == []
     accuracy.loc[0, "Dense"] += 0.2
     accuracy.to_csv(tmp_path / "accuracy.csv", index=False)
     (tmp_path / "meta_data.csv").unlink()
-    lines = compare_folders(folder, tmp_path)
+    lines = compare_folder(expected, tmp_path)
     assert len(lines) == 2 and "Dense is" in lines[0] and lines[1].startswith("meta_data.csv: missing")
     assert "row" in compare_tables(accuracy, accuracy[1:], "accuracy.csv")[0]
     assert "columns" in compare_tables(accuracy, accuracy.rename(columns={"FF": "F"}), "accuracy.csv")[0]
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no expected tables"):
-        compare_folders(tmp_path / "none", folder)
+        expected_tables(tmp_path / "none")
+
+
+def test_expected_are_the_committed_tables(tmp_path):
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(tmp_path)]
+    table = tmp_path / "results" / "accuracy.csv"
+    table.parent.mkdir()
+    table.write_text("Models,Dense\na,90\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "tables"]):
+        subprocess.run([*git, *command], check=True)
+    table.write_text("Models,Dense\na,10\n")  # a run has overwritten it
+    assert expected_tables(table.parent)["accuracy.csv"]["Dense"].tolist() == [90]
+    assert compare_folder(expected_tables(table.parent), table.parent)
+
+
+def test_the_latest_settings_win(tmp_path):
+    common = {"model": "tiny_onevision", "dataset": VIDEO[1], "method": "focus", "device": "cpu", "dtype": "float32"}
+    (tmp_path / "cells").mkdir()
+
+    def ran(experiment: str, when: float, score: float, limit: int, **settings) -> None:
+        cell = make_cell("accuracy", settings={"vector_size": 16, **settings}, limit=limit, seed=0, **common)
+        sample = {
+            "task": "t", "score": score / 100, "computation_sparsity": 0.5, "retained": [1], "visual_tokens": 2,
+        }  # fmt: skip
+        samples = [{**sample, "doc_id": number} for number in range(limit)]
+        result = {"score": score, "samples": samples, "failures": [], "provenance": {}}
+        name = f"{experiment}_{limit}.json"
+        write_json(tmp_path / "cells" / name, {"cell": asdict(cell), **result})
+        index = {"cells": [name], "complete": True, "text": "", "time": when}
+        write_json(tmp_path / "cells" / f"{experiment}.index", index)
+
+    ran("baselines", 1.0, 10.0, 9, similarity_threshold=0.8)
+    ran("main", 2.0, 90.0, 3, similarity_threshold=0.9)
+    ran("int8", 3.0, 80.0, 2, similarity_threshold=0.9)
+    report.write_tables(tmp_path)
+    assert pd.read_csv(tmp_path / "accuracy.csv")["Focus"].tolist() == [90.0]
+
+
+def test_tables_and_figures_of_nothing(tmp_path):
+    """Notebooks whose cells all failed still say why."""
+    nothing, root = [], project_root()
+    for table in (
+        report.comparison_table(nothing), report.average_table(report.comparison_table(nothing)),
+        report.beside_published(nothing, root), report.layout_of_table_two(nothing, root), report.paired_table(nothing),
+        report.sparsity_table(nothing, "cmc", {}), report.meta_data_table(nothing), report.cost_table(nothing),
+        report_int8.degradation_table(nothing, root), report_int8.precision_table(nothing),
+        report_dse.ablation_table(nothing), report_dse.shared_with_main(Outcome(tmp_path), [], nothing),
+        report_dse.sweep_table(Outcome(tmp_path), [], "m_tile_size", root),
+    ):  # fmt: skip
+        assert table.empty
+        report.show(table)
+    for figure in (
+        report.site_sparsity_figure(nothing), report.retained_figure(nothing), report.trade_off_figure(nothing),
+        report.example_clip(nothing), report.example_view(nothing), report_dse.sweep_figure(table, "m_tile_size"),
+    ):  # fmt: skip
+        assert figure is None
+
+
+def test_the_report_is_one_page_without_a_network(done, tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Main\n\ntext")])
+    nbformat.write(notebook, tmp_path / "main.ipynb")
+    page = write_report(tmp_path).read_text()
+    assert "Main" in page and 'src="http' not in page and 'href="http' not in page
 
 
 def test_wrong_sweeps_are_one_line():

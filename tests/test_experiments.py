@@ -1,17 +1,20 @@
 """Cells, resuming, tables and the command line, on the untrained model and a few questions of the real benchmark."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import untrained_checkpoint
 
 from focuslib import cli, report
-from focuslib.cells import collect, make_cell, median_index, read_result, read_status, run_cells
+from focuslib.cells import claimed, collect, make_cell, median_index, read_result, read_status, run_cells
 from focuslib.errors import UserError
 from focuslib.evaluate import question
 from focuslib.models import TinyOnevision
 from focuslib.ops import SITES
+from focuslib.params import method_settings
 
 COMMON = {
     "model": "tiny_onevision",
@@ -59,7 +62,7 @@ def monkeypatch_module():
 
 def tables(folder):
     report.write_tables(folder)
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.csv"))}
+    return {path.name: path.read_bytes() for path in (*folder.glob("*.csv"), *folder.glob("focus_main/*.pth"))}
 
 
 def test_interrupted_run_resumes_to_the_same_tables(cells, tmp_path, answered, monkeypatch):
@@ -164,6 +167,61 @@ def test_an_unreadable_video_is_one_recorded_failure_and_asked_again(cells, tmp_
     assert not list((folder / "work").iterdir())
 
 
+def test_what_a_method_cannot_take_is_asked_once(checkpoint, tmp_path, monkeypatch, answered):
+    cell = make_cell("accuracy", method="framefusion", checkpoint=checkpoint, settings={"cost": 0.5}, **COMMON)
+    original, media = TinyOnevision.prepare, question("tinyvideo_motion", "tiny_onevision", 2)[0]
+
+    def prepare(self, path, prompt):
+        inputs = original(self, path, prompt)
+        if path == media:  # as one long frame
+            grid = inputs.grid
+            inputs.grid = replace(grid, num_frames=1, height=grid.length, width=1, height_stride=1)
+        return inputs
+
+    monkeypatch.setattr(TinyOnevision, "prepare", prepare)
+    first = run_cells("main", [cell], tmp_path)
+    assert "not possible" in first.summary() and "one frame" in first.summary()
+    assert read_status(tmp_path, "main")["complete"] and not list((tmp_path / "work").iterdir())
+    answered.clear()
+    again = run_cells("main", [cell], tmp_path)
+    assert (again.ran, len(answered)) == (0, 0) and again.results[0].failures == first.results[0].failures
+
+
+def test_a_cell_is_run_by_one_process_at_a_time(cells, tmp_path):
+    path = tmp_path / "cells" / f"{cells[0].name()}.json"
+    with claimed(path):
+        (reason,) = run_cells("main", cells[:1], tmp_path).failed.values()
+    assert "another process is running it" in reason
+    assert run_cells("main", cells[:1], tmp_path).ran == 1
+
+
+def test_a_checkpoint_that_moved_keeps_its_results(cells, checkpoint, tmp_path):
+    run_cells("main", cells[:1], tmp_path / "results")
+    moved = replace(cells[0], checkpoint=str(shutil.copytree(checkpoint, tmp_path / "moved")))
+    outcome = run_cells("main", [moved], tmp_path / "results")
+    assert outcome.ran == 0 and outcome.result(moved).score == outcome.results[0].score
+
+
+def test_without_git_there_is_a_result_all_the_same(cells, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_cells("main", cells[:1], tmp_path).results[0].provenance["git"] is None
+
+
+def test_the_commands(checkpoint, tmp_path, capsys):
+    """focus run with a trace, and the trace exported, are one file."""
+    chosen = [f"--set={name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+              for name, value in SMALL.items()]  # fmt: skip
+    usual = [*RUN, "--checkpoint", checkpoint, "--limit", "2", "--out", str(tmp_path), "--dtype", "float32"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*usual, "--trace-dir", str(tmp_path / "traces"), *chosen])
+    assert ended.value.code == 0 and "2 cells run, 0 resumed, 0 failed" in capsys.readouterr().out
+    (native,) = (tmp_path / "cells").glob("*.trace")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(native), str(tmp_path / "again.pth")])
+    (written,) = (tmp_path / "traces").glob("*.pth")
+    assert ended.value.code == 0 and written.read_bytes() == (tmp_path / "again.pth").read_bytes()
+
+
 def test_a_result_names_everything_that_decides_it(cells, tmp_path):
     dense, focus, _ = cells
     assert len({cell.name() for cell in cells}) == 3
@@ -198,8 +256,13 @@ RUN = ("run", "--task", "tinyvideo_motion")
         ((*RUN, "--set", "m_tiles=3"), "unknown setting of focus 'm_tiles'; did you mean m_tile?"),
         ((*RUN, "--set", "m_tile=big"), "focus: m_tile='big' is not int"),
         ((*RUN, "--set", "retention=.5"), "selected_layers has 5 entries and retention 1"),
-        ((*RUN, "--set", "similarity_threshold=-1"), "similarity_threshold -1.0 must not be negative"),
+        ((*RUN, "--set", "similarity_threshold=-1"), "similarity_threshold -1.0 must be a number from 0"),
         ((*RUN, "--set", "m_tile"), "--set m_tile: write NAME=VALUE"),
+        ((*RUN, "--set", "m_tile=inf"), "focus: m_tile='inf' is not int"),
+        ((*RUN, "--set", "similarity_threshold=nan"), "similarity_threshold nan must be a number from 0"),
+        ((*RUN, "--method", "cmc", "--trace-dir", "x"), "--trace-dir: cmc has no traces"),
+        (("lmms-eval", "--model", "focuslib", "--model_args", "model=tiny_onevison"), "unknown model 'tiny_onevison'"),
+        (("lmms-eval", "--model=focuslib", "--model_args=method=focus,m_tiles=3"), "unknown setting of focus"),
         (("reproduce", "--only", "mian"), "unknown notebook 'mian'; one of main, baselines"),
         (("reproduce", "--profile", "desktop"), "no such parameter file"),
     ],
@@ -231,6 +294,8 @@ def test_yaml_typo_is_one_line(tmp_path):
     for text, line in [
         ("modles: [tiny]", "unknown parameter 'modles'; did you mean models?"),
         ("limit: ten", "limit is 'ten'; it must be int or null"),
+        ("limit: 0", "limit is 0; it must be at least 1"),
+        ("models: [tiny_onevision]", "datasets is missing"),
         ("models: [tiny", "line 1: not valid YAML"),
         ("just words", "must hold names and values"),
     ]:
@@ -238,6 +303,33 @@ def test_yaml_typo_is_one_line(tmp_path):
         with pytest.raises(UserError, match=r"main\.yaml") as error:
             read_params(bad)
         assert line in str(error.value)
+
+
+def test_a_typo_in_the_methods_file_is_one_line(tmp_path):
+    bad = tmp_path / "methods.yaml"
+    for text, line in [
+        ("focsu: [{m_tile: 3}]", "unknown method 'focsu'; did you mean focus?"),
+        ("focus: [{models: [llava_vdi], m_tile: 3}]", "unknown model 'llava_vdi'; did you mean llava_vid?"),
+        ("focus: [{datasets: [videome], m_tile: 3}]", "unknown dataset 'videome'; did you mean videomme?"),
+        ("focus: [{models: llava_vid, m_tile: 3}]", "models is 'llava_vid'; it must be a list"),
+    ]:
+        bad.write_text(text)
+        with pytest.raises(UserError, match=r"methods\.yaml") as error:
+            method_settings("focus", "llava_vid", "videomme", bad)
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "cdua"), ("dtype", "float31")])
+def test_an_unknown_device_or_type_fails_the_cell_in_one_line(cells, tmp_path, name, value):
+    (reason,) = run_cells("main", [replace(cells[0], **{name: value})], tmp_path).failed.values()
+    assert f"unknown {name} '{value}'" in reason
+
+
+def test_a_place_where_nothing_can_be_written_fails_the_cells(cells, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FOCUS_CACHE", str(tmp_path / "file"))
+    (reason,) = run_cells("main", cells[:1], tmp_path).failed.values()
+    assert "its data could not be made" in reason
 
 
 def test_a_cut_journal_line_is_dropped(tmp_path):

@@ -9,10 +9,13 @@ from tiny_models import clip, module_state, untrained_vlm
 from torch import nn
 
 from focuslib.grid import VisualGrid
-from focuslib.methods import Dense, Focus
+from focuslib.methods import Adaptiv, Cmc, Dense, Focus, FrameFusion
 from focuslib.patch import find_decoder
 
 SMALL = {"selected_layers": (1, 3, 5), "retention": (0.6, 0.4, 0.2), "vector_size": 16, "m_tile": 64}
+ACTING = (
+    Focus(**SMALL), Adaptiv(threshold=0.2), FrameFusion(cost=0.5), Cmc(linear_threshold=1.0, skip_score_layers=()),
+)  # fmt: skip
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -34,13 +37,37 @@ def test_a_method_that_changes_nothing_changes_no_bit(vlm):
     assert run.sparsity == 0
 
 
-def test_the_model_is_restored(vlm):
-    inputs = vlm.prepare(clip(), "What moves?")
+@pytest.mark.parametrize("method", ACTING, ids=lambda method: method.name)
+def test_the_model_is_restored(vlm, method):
+    inputs = vlm.prepare(clip(8), "What moves?")
     before, plain = module_state(vlm.model), vlm.prefill(inputs)
-    with Focus(**SMALL)(vlm):
+    with method(vlm):
         assert not torch.equal(vlm.prefill(inputs)[:, -1], plain[:, -1])
     assert module_state(vlm.model) == before
     assert torch.equal(vlm.prefill(inputs), plain)
+
+
+@pytest.mark.parametrize("method", ACTING, ids=lambda method: method.name)
+def test_the_model_is_restored_when_a_run_breaks_off(vlm, method, monkeypatch):
+    inputs = vlm.prepare(clip(8), "What moves?")
+    before, plain = module_state(vlm.model), vlm.prefill(inputs)
+    monkeypatch.setattr(vlm.model.lm_head, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), method(vlm):
+        vlm.prefill(inputs)
+    monkeypatch.undo()
+    assert module_state(vlm.model) == before
+    assert torch.equal(vlm.prefill(inputs), plain)
+
+
+def test_two_models_are_patched_at_the_same_time():
+    one, other = untrained_vlm("eager"), untrained_vlm("sdpa")
+    inputs = one.prepare(clip(), "What moves?")
+    with Dense()(one):
+        plain = one.prefill(inputs)
+        with Dense()(other):
+            other.prefill(other.prepare(clip(), "What moves?"))
+            assert torch.equal(one.prefill(inputs), plain)
+        assert torch.equal(one.prefill(inputs), plain)
 
 
 def test_the_model_is_restored_after_an_exception(vlm):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from focuslib.cells import CellResult, make_cell
-from focuslib.report import Z95, mcnemar, mean_interval, paired_difference, proportion_interval
+from focuslib.intervals import Z95, mcnemar, mean_interval, paired_difference, proportion_interval
 
 COMMON = {"model": "tiny_onevision", "dataset": "tinyvideo_motion", "limit": None, "device": "cpu", "dtype": "float32"}
 

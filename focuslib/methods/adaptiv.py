@@ -9,7 +9,6 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.methods.base import Method, Prefill, PrefillRecord
-from focuslib.methods.frames import frame_size
 from focuslib.similarity import resolve_pointers
 
 KEPT, MERGED_UP, MERGED_LEFT = 0, 1, 2  # direction of each visual token
@@ -63,7 +62,7 @@ def merge_directions(x: Tensor, grid: VisualGrid, threshold: float) -> Tensor:
     """
     up, left = sign_similarity(x, grid.height_stride), sign_similarity(x, grid.width_stride)
     direction = torch.where(up >= left, MERGED_UP, MERGED_LEFT).to(torch.uint8)
-    size = frame_size(grid)
+    size = grid.frame_size
     position = torch.arange(len(x), device=x.device)
     within = position % size
     allowed = (within >= grid.height_stride) & (within % grid.height_stride >= grid.width_stride)

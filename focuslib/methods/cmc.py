@@ -8,7 +8,7 @@ from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.methods.base import Method, Prefill, PrefillRecord
-from focuslib.methods.frames import require_frames, tokens_per_frame
+from focuslib.methods.frames import require_frames
 from focuslib.motion import compensate, frame_matches, motion_search, replaced_share, same_position
 from focuslib.ops import cmc_operations, dense_operations
 
@@ -96,8 +96,8 @@ class Cmc(Method):
 
     def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
         search = same_position if self.simplified else motion_search
-        frame = tokens_per_frame(prefill.grid)
+        frame = prefill.grid.tokens_per_frame
         return frame_matches(visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search)
 
     def _share(self, prefill: Prefill, match: Tensor) -> float:
-        return replaced_share(match, tokens_per_frame(prefill.grid), interval=self.interval, i_frame=self.i_frame)
+        return replaced_share(match, prefill.grid.tokens_per_frame, interval=self.interval, i_frame=self.i_frame)

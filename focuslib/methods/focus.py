@@ -10,7 +10,7 @@ from focuslib.errors import UserError
 from focuslib.methods.base import Method, Prefill, PrefillRecord
 from focuslib.ops import concentrated_operations, dense_operations
 from focuslib.semantic import most_important, prompt_importance, tokens_to_keep
-from focuslib.similarity import ITSELF, concentrate, num_vectors
+from focuslib.similarity import ITSELF, MAX_CANDIDATES, concentrate, num_vectors
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Focus(Method):
             raise UserError(f"focus: selected_layers {self.selected_layers} must be ascending layer numbers from 0")
         if any(not 0 < alpha <= 1 for alpha in self.retention):
             raise UserError(f"focus: retention {self.retention} must lie in (0, 1]")
-        if self.similarity_threshold < 0:
-            raise UserError(f"focus: similarity_threshold {self.similarity_threshold} must not be negative")
+        if not self.similarity_threshold >= 0:
+            raise UserError(f"focus: similarity_threshold {self.similarity_threshold} must be a number from 0")
         for name in ("vector_size", "frame_block", "block"):
             if getattr(self, name) < 1:
                 raise UserError(f"focus: {name} is {getattr(self, name)}; it must be at least 1")
@@ -61,6 +61,10 @@ class Focus(Method):
         layers = prefill.shape.layers
         if self.selected_layers and self.selected_layers[-1] >= layers:
             raise UserError(f"focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}")
+        candidates = len(prefill.grid.block_offsets(self.frame_block, self.block))
+        if candidates > MAX_CANDIDATES:
+            size = f"{self.frame_block}x{self.block}x{self.block}"
+            raise UserError(f"focus: a block of {size} has {candidates} candidates here; at most {MAX_CANDIDATES}")
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
         visual = x[prefill.visual]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from focuslib.errors import InputError, UserError
 from focuslib.methods.base import Method, Prefill, PrefillRecord
-from focuslib.methods.frames import require_frames, tokens_per_frame
+from focuslib.methods.frames import require_frames
 from focuslib.semantic import attention_rows, most_important
 
 
@@ -99,7 +99,7 @@ class FrameFusion(Method):
     def _merge(self, prefill: Prefill, hidden: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         """One merging call: (hidden with run means, the visual rows to keep)."""
         progress, visual = prefill.state["progress"], prefill.visual
-        before, similarity = frame_before(hidden[visual], prefill.present, tokens_per_frame(prefill.grid))
+        before, similarity = frame_before(hidden[visual], prefill.present, prefill.grid.tokens_per_frame)
         merged = similarity >= self.similarity_lower_bound
         share = int(merged.sum()) / len(merged)
         if share > ratio:

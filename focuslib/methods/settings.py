@@ -24,7 +24,7 @@ def make_method(name: str, settings: dict[str, Any] | None = None) -> Method:
         kind = pick(known, key, f"setting of {name}")
         try:
             values[key] = _convert(value, kind)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name}: {key}={value!r} is not {_describe(kind)}") from error
     return method(**values)
 

@@ -1,12 +1,8 @@
-"""The embedded tiny VLM: a LLaVA-OneVision of about two million parameters that ships with the package."""
+"""The embedded tiny VLM: a LLaVA-OneVision of about 1.5 million parameters that ships with the package."""
 
-from pathlib import Path
-
-import focuslib
 from focuslib.media import FrameSampling
 from focuslib.models.llava_onevision import LlavaOnevision
-
-CHECKPOINT = Path(focuslib.__file__).parent / "tiny" / "checkpoint"
+from focuslib.tiny import CHECKPOINT
 
 
 class TinyOnevision(LlavaOnevision):

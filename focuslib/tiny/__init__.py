@@ -2,6 +2,5 @@
 
 from pathlib import Path
 
-CHECKPOINT = (
-    Path(__file__).parent / "checkpoint"
-)  # config.json, model.safetensors, generation_config.json, tokenizer files
+# config.json, model.safetensors, generation_config.json, tokenizer files
+CHECKPOINT = Path(__file__).parent / "checkpoint"
