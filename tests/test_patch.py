@@ -124,6 +124,27 @@ def test_cached_decoding_equals_recomputation(vlm, sec_only):
         assert logits.argmax() == ids[step]
 
 
+@torch.inference_mode()
+def test_cached_decoding_equals_recomputation_after_a_merge_before_the_first_layer(vlm):
+    inputs = vlm.prepare(clip(), "What moves?")
+    prompt, method = inputs.tensors["inputs_embeds"], Adaptiv(threshold=0.2)
+    vlm.model.generation_config.eos_token_id = None
+    with method(vlm) as run:
+        vlm.grid = inputs.grid
+        cached = vlm.model.generate(
+            **inputs.tensors, do_sample=False, max_new_tokens=16, output_logits=True, return_dict_in_generate=True
+        )
+    assert 0 < run.last.stats["sparsity"] < 1
+    ids = cached.sequences[0]
+    for step in range(16):  # which tokens are merged does not depend on the text
+        embeds = torch.cat([prompt, vlm.model.get_input_embeddings()(ids[:step])[None]], 1)
+        positions = torch.arange(embeds.shape[1])[None]
+        with method(vlm):
+            logits = vlm.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(logits, cached.logits[step][0], rtol=0, atol=1e-4)
+        assert logits.argmax() == ids[step]
+
+
 def test_traces_and_records_agree(vlm):
     inputs = vlm.prepare(clip(), "What moves?")
     with Focus(**SMALL)(vlm, trace=True) as run:
@@ -137,10 +158,11 @@ def test_traces_and_records_agree(vlm):
     assert 0 < run.sparsity < 1
 
 
-def test_nesting_is_refused(vlm):
+@pytest.mark.parametrize("method", ACTING, ids=lambda method: method.name)
+def test_nesting_is_refused(vlm, method):
     with (
-        Focus(**SMALL)(vlm),
-        pytest.raises(ValueError, match="focus is installed on this model already"),
+        method(vlm),
+        pytest.raises(ValueError, match=f"{method.name} is installed on this model already"),
         Dense()(vlm),
     ):
         pass

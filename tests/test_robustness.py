@@ -1,6 +1,7 @@
 """A run that is interrupted, killed or out of disk goes on where it was; a piece of a file is never read as whole."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -128,6 +129,38 @@ def test_workers_give_the_same_tables(checkpoint, expected, tmp_path):
     assert tables(tmp_path) == expected
     assert not list((tmp_path / "work").iterdir())
     assert run(chosen, tmp_path, workers=2).ran == 0
+
+
+WITH_WORKERS = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from focuslib.journal import Journal
+original, given = Journal.add, []
+def add(self, *args):
+    original(self, *args)
+    given.append(1)
+    if len(given) == 2 and multiprocessing.parent_process():
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+Journal.add = add  # a worker imports this file too
+if __name__ == "__main__":
+    from test_robustness import cells, run
+    run(cells(sys.argv[1]), Path(sys.argv[2]), workers=2)
+"""
+
+
+def test_a_killed_run_with_workers_goes_on(checkpoint, expected, tmp_path, monkeypatch):
+    script = tmp_path / "run.py"
+    script.write_text(WITH_WORKERS.format(tests=str(Path(__file__).parent)))
+    folder = tmp_path / "results"
+    killed = subprocess.run([sys.executable, script, checkpoint, folder], capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    for lock in folder.glob("work/*/lock"):  # the workers end with it, in a moment
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    kept = answers_kept(folder)
+    assert 2 <= kept < 2 * QUESTIONS
+    check_resumes(checkpoint, folder, expected, kept, monkeypatch)
 
 
 FAILURES = {
