@@ -1,9 +1,12 @@
 """The `focus` command: a thin layer on experiments and evaluate."""
 
 import argparse
+import inspect
 import os
 import shutil
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 from focuslib.errors import UserError, pick
@@ -38,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--method", default="focus", help="dense, focus, … (default %(default)s)")
     shared.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method"
+    )
+    shared.add_argument(
+        "--list-settings", action=_ListSettings, nargs=0, help="say every method's hyper-parameters, and end"
     )
     shared.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default %(default)s)")
@@ -138,6 +144,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     stock.set_defaults(run=_lmms_eval)
     return parser
+
+
+class _ListSettings(argparse.Action):
+    """Print what each method can be set to, from its docstring and defaults."""
+
+    def __call__(self, parser, *_) -> None:
+        from focuslib.methods import METHODS  # imports torch
+
+        for name, method in METHODS.items():
+            defaults = ", ".join(f"{field.name}={field.default}" for field in fields(method)) or "nothing to set"
+            print(f"{name}: {defaults}\n\n{textwrap.indent(inspect.getdoc(method), '    ')}\n")
+        parser.exit()
 
 
 def _lmms_eval(options: argparse.Namespace) -> int:

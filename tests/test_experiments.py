@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from focuslib import cli, report
 from focuslib.cells import claimed, collect, make_cell, median_index, read_result, read_status, run_cells
 from focuslib.errors import UserError
 from focuslib.evaluate import question
+from focuslib.methods import METHODS
 from focuslib.models import TinyOnevision
 from focuslib.ops import SITES
 from focuslib.params import method_settings
@@ -220,6 +221,15 @@ def test_the_commands(checkpoint, tmp_path, capsys):
         cli.main(["export", str(native), str(tmp_path / "again.pth")])
     (written,) = (tmp_path / "traces").glob("*.pth")
     assert ended.value.code == 0 and written.read_bytes() == (tmp_path / "again.pth").read_bytes()
+
+
+def test_every_hyper_parameter_is_listed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "--list-settings"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    for method in METHODS.values():
+        assert all(f"{field.name}={field.default}" in said for field in fields(method))
 
 
 def test_a_result_names_everything_that_decides_it(cells, tmp_path):

@@ -67,6 +67,8 @@ def check_shards(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             why = f"named in {INDEX} but missing" if index.is_file() else "missing"
+            if any(folder.glob("*.bin")):
+                raise UserError(f"{folder}: weights as .bin, which can hold code; convert them to safetensors")
             raise UserError(f"{path}: {why}; download the checkpoint again")
         _check_safetensors(path)
 
