@@ -1,6 +1,6 @@
 """Sparse traces: what each vector of each GEMM site did, and the files an architecture simulator reads.
 
-The native file (.trace) holds one small code a vector, compressed layer by layer: a sixtieth of the simulator's
+The native file (.trace) holds one small code a vector, compressed layer by layer: about a fortieth of the simulator's
 .pth or less, and read one layer at a time. It is written while a prefill runs, so recording needs one layer in memory.
 
     the records: each a zlib stream of one site's codes in one layer, [S, V] uint8
