@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -203,7 +204,7 @@ def evaluate(
     question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
     """
     require(dataset)
-    from lmms_eval.evaluator import simple_evaluate  # takes ten seconds to import
+    from lmms_eval import evaluator  # takes ten seconds to import
 
     if limit is not None:
         limit = math.ceil(limit / dataset.together) * dataset.together
@@ -211,8 +212,10 @@ def evaluate(
     model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
     manager, tasks = load_tasks(dataset, vlm.name)
     try:
-        with TemporaryDirectory() as submissions, no_unanswered_calls():
-            outcome = simple_evaluate(
+        # its own bars run over answers that are there already
+        quiet = patch.object(evaluator, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "disable": True}))
+        with TemporaryDirectory() as submissions, no_unanswered_calls(), quiet:
+            outcome = evaluator.simple_evaluate(
                 model=model,
                 tasks=tasks,
                 task_manager=manager,
