@@ -17,10 +17,11 @@ from focuslib.errors import UserError
 from focuslib.intervals import mcnemar, mean_interval, paired_difference, proportion_interval
 from focuslib.layout import TokenLayout
 from focuslib.measure import measure
-from focuslib.methods import Method
+from focuslib.methods import METHODS, Method
 from focuslib.methods.settings import make_method
-from focuslib.models import VLM
+from focuslib.models import MODELS, VLM
 from focuslib.ops import SITES
+from focuslib.tasks.datasets import DATASETS
 
 # method → column of accuracy.csv, the order the published file has
 ACCURACY_COLUMNS = {
@@ -319,6 +320,7 @@ def _most_questions(results: list[CellResult]) -> list[CellResult]:
     """One result for each row and column of the tables: of the latest settings, the cell that asks most questions.
 
     results: those of the latest run first. The cells of one setting differ in how many questions they ask.
+    Returned in the order of the registries, whatever ran when.
     """
     chosen: dict[tuple, CellResult] = {}
     for result in results:
@@ -328,7 +330,14 @@ def _most_questions(results: list[CellResult]) -> list[CellResult]:
         same = replace(cell, limit=latest.cell.limit, sample=latest.cell.sample) == latest.cell
         if same and len(result.samples) > len(latest.samples):
             chosen[key] = result
-    return list(chosen.values())
+
+    places = {name: number for number, name in enumerate((*MODELS, *DATASETS, *METHODS))}
+
+    def place(result: CellResult) -> tuple:
+        names = result.cell.model, result.cell.dataset, result.cell.method
+        return result.cell.quantization or "", *(places.get(name, len(places)) for name in names)
+
+    return sorted(chosen.values(), key=place)
 
 
 def _dense(results: list[CellResult]) -> dict[tuple[str, str], CellResult]:

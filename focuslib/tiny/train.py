@@ -1,10 +1,12 @@
 """Train the tiny VLM: ``python -m focuslib.tiny.train --out RUN [--resume]``, about an hour on two CPU cores.
 
 Answers alone teach a model this small too slowly, so throw-away linear heads add dense labels: what each visual token
-shows (at the projector and at a lower decoder layer), the answer's word at the question mark, which option is right at
-the options; and the question mark's attention in the lower layers is drawn to the tokens that show the answer. At first
-the tower is trained alone and the decoder on questions whose answer is told in words. Random visual tokens are dropped,
-background first, as a regulariser that also makes steps cheaper. None of the methods of this library takes part.
+shows (at the projector and at a lower decoder layer) and where it lies, the answer's word at the question mark, which
+option is right at the options; and the question mark's attention in the lower layers is drawn to the tokens that show
+the answer. The place of each token matters most: without it, finding the object a question is about takes twice the
+steps. At first the tower is trained alone and the decoder on questions whose answer is told in words. Random visual
+tokens are dropped, background first, as a regulariser that also makes steps cheaper. None of the methods of this
+library takes part.
 """
 
 import argparse
