@@ -45,6 +45,7 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
             cwd=str(root),
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns of its unencrypted local port
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
