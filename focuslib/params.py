@@ -39,8 +39,11 @@ FROM_ONE = ("limit", "matched_limit", "ablation_limit", "trace_samples", "worker
 
 
 def project_root() -> Path:
-    """The project's folder: the first one upwards from the working directory that holds params/."""
-    for folder in (Path.cwd(), *Path.cwd().parents):
+    """The project's folder: the first one upwards from the working directory that holds params/.
+
+    Elsewhere it is the checkout that the package is installed from.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).parents[1]):
         if (folder / "params" / "methods.yaml").is_file():
             return folder
     raise UserError(f"{Path.cwd()}: not inside the project (no params/methods.yaml here or above); run from its folder")

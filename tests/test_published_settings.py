@@ -89,3 +89,9 @@ def test_paper_profile(experiment, models, datasets, methods, limit):
     params = read_params(project_root() / "params" / "paper" / f"{experiment}.yaml")
     assert (params["models"], tuple(params["datasets"]), set(params["methods"])) == (models, datasets, methods)
     assert (params["limit"], params["trace_samples"], params["dtype"]) == (limit, 10, "bfloat16")
+
+
+def test_the_settings_are_found_from_anywhere(tmp_path, monkeypatch):
+    inside = method_settings("focus", "tiny_onevision", "")
+    monkeypatch.chdir(tmp_path)
+    assert method_settings("focus", "tiny_onevision", "") == inside != method_settings("focus", "llava_vid", "")
