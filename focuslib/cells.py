@@ -244,7 +244,7 @@ def _spread(cells: list[Cell], folder: Path, workers: int) -> Iterator[Settled]:
                 yield futures[future], *future.result()
             except BrokenProcessPool:
                 lost.append(futures[future])
-    if lost == cells and len(cells) == 1:
+    if lost and len(cells) == 1:
         yield cells[0], False, "its process died, perhaps for want of memory; run again, with fewer workers"
         return
     for cell in lost:
@@ -403,8 +403,9 @@ def _run(cell: Cell, path: Path, loaded: _Loader) -> None:
         shutil.copyfile(work / "{task}_{doc_id}.trace".format(**evaluation.samples[median]), partial)
         partial.replace(whole)
     provenance = {**describe_machine(cell.device), "seconds": time.time() - start}
-    write_json(path, {"cell": asdict(cell), **evaluation.to_dict(), "provenance": provenance, **extra})
-    if all(failure.get("final") for failure in evaluation.failures):  # else the next run goes on from here
+    result = CellResult(cell, **evaluation.to_dict(), provenance=provenance, **extra)
+    write_json(path, asdict(result))
+    if not result.unreadable:  # else the next run goes on from here
         shutil.rmtree(work)
 
 

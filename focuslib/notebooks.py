@@ -16,6 +16,12 @@ from focuslib.params import project_root, read_params
 EXPERIMENTS = ("main", "baselines", "dse", "int8", "image")
 
 
+def parameters(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a notebook gets: its parameter file, the profile's name if that names none, and the changes."""
+    params = read_params(project_root() / "params" / profile / f"{experiment}.yaml")
+    return {"profile": profile, **params, **(changes or {})}
+
+
 def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> Path:
     """Run notebooks/<experiment>.ipynb with params/<profile>/<experiment>.yaml; returns the executed copy.
 
@@ -27,13 +33,13 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
     params_file = root / "params" / profile / f"{experiment}.yaml"
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
-    params = {"profile": profile, **read_params(params_file), **(changes or {})}
+    params = parameters(experiment, profile, changes)
     known = set(papermill.inspect_notebook(str(source)))
     if unknown := sorted(set(params) - known):
         raise UserError(
             f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}"
         )
-    target = root / "results" / params.get("profile", profile) / f"{experiment}.ipynb"
+    target = root / "results" / params["profile"] / f"{experiment}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial.ipynb")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel start prints a debugger warning

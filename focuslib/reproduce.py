@@ -7,8 +7,8 @@ from typing import Any
 from focuslib.cells import read_status
 from focuslib.errors import UserError
 from focuslib.experiments import planned_cells, results_folder
-from focuslib.notebooks import EXPERIMENTS, execute
-from focuslib.params import project_root, read_params
+from focuslib.notebooks import EXPERIMENTS, execute, parameters
+from focuslib.params import project_root
 from focuslib.progress import announce
 
 
@@ -23,7 +23,8 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
     folder = project_root() / "params" / profile
     has = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").exists()]
     chosen = [only] if only else has or EXPERIMENTS  # a profile need not have all; one without any is a mistake
-    counts = [len(planned_cells(name, read_params(folder / f"{name}.yaml") | (changes or {}))) for name in chosen]
+    params = {name: parameters(name, profile, changes) for name in chosen}
+    counts = [len(planned_cells(name, params[name])) for name in chosen]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
         announce(sum(counts[:number]), sum(counts), start)
@@ -35,7 +36,7 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
         except UserError as error:
             what, complete = f"failed: {error}", False
             with suppress(OSError):  # what the cells said before the notebook failed
-                status = read_status(results_folder((changes or {}).get("profile", profile)), experiment)
+                status = read_status(results_folder(params[experiment]["profile"]), experiment)
                 what += f"\n{status['text']}" if status["time"] >= began else ""
         lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
         whole &= complete
