@@ -20,7 +20,7 @@ help: ## list the targets
 
 $(DONE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 setup: $(DONE) ## install the package and its pinned dependencies (in .venv, or the active environment)
@@ -35,7 +35,7 @@ test: $(DONE) ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-browser: $(DONE) ## test the explorer in headless Chromium (apt-get install chromium); screenshots in build/browser
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,browser]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
 	$(BIN)/python -m pytest tests/browser
 
 lab: $(DONE) ## open JupyterLab on the notebooks

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from focuslib.motion import INFORMATIVE, frame_matches
+from focuslib.kernels.motion import INFORMATIVE, frame_matches
 
 HEADS, FRAMES, PATCHES, ROW, START = 4, 64, 182, 12_000, 14
 HIDDEN, HEAD_DIM, INIT, ROPE_BASE = 3584, 128, 0.02, 1e6

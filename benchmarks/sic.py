@@ -4,9 +4,9 @@ import multiprocessing
 
 import torch
 
+from focuslib.evaluation.measure import measure
 from focuslib.grid import VisualGrid
-from focuslib.measure import measure
-from focuslib.similarity import concentrate
+from focuslib.kernels.similarity import concentrate
 
 FRAMES, HEIGHT, WIDTH, CHANNELS, VECTOR, M_TILE, THRESHOLD = 64, 13, 14, 3584, 32, 1024, 0.9
 GRID = VisualGrid(0, FRAMES * HEIGHT * WIDTH, FRAMES, HEIGHT, WIDTH, HEIGHT * WIDTH, WIDTH)

@@ -4,4 +4,4 @@ from focuslib._torchvision import declare_missing_operators
 
 declare_missing_operators()  # must run before anything imports torchvision
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

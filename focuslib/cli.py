@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="run the experiments anew and compare their tables with the expected ones",
         description="Run a profile's notebooks into results/verify and compare the tables with those that are "
-        "committed in results/<profile>, "
-        "within the tolerances of focuslib/verify.py; exit status 1 on a difference.",
+        "committed in results/expected/<profile>, "
+        "within the tolerances of focuslib/experiments/verify.py; exit status 1 on a difference.",
     )
     verify.add_argument("--profile", default="laptop", help="folder of params/ (default %(default)s)")
     verify.add_argument("--resume", action="store_true", help="go on with a verification that was stopped")
@@ -193,8 +193,9 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from focuslib.cells import make_cell, run_cells
-    from focuslib.report import comparison_table
+    from focuslib.experiments.cell import make_cell
+    from focuslib.experiments.runner import run_cells
+    from focuslib.report.tables import comparison_table
 
     if options.trace_dir and options.method != "focus":
         raise UserError(f"--trace-dir: {options.method} has no traces; the simulator's are of --method focus")
@@ -213,7 +214,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from focuslib.tune import best_row, bisect_sparsity, grid_search
+    from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
 
     common = _common(options)
     if options.grid:
@@ -259,17 +260,17 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from focuslib.reproduce import reproduce
+    from focuslib.experiments.reproduce import reproduce
 
     return 0 if reproduce(options.profile, options.only) else 1
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from focuslib.experiments import results_folder
-    from focuslib.reproduce import reproduce
-    from focuslib.verify import compare_folder, expected_tables
+    from focuslib.experiments.paper import expected_folder, results_folder
+    from focuslib.experiments.reproduce import reproduce
+    from focuslib.experiments.verify import compare_folder, expected_tables
 
-    expected, fresh = expected_tables(results_folder(options.profile)), options.fresh
+    expected, fresh = expected_tables(expected_folder(options.profile)), options.fresh
     if fresh is None:
         fresh = results_folder("verify")
         if not options.resume:
@@ -282,15 +283,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from focuslib.experiments import results_folder
-    from focuslib.html_report import write_report
+    from focuslib.experiments.paper import results_folder
+    from focuslib.report.html import write_report
 
     print(write_report(results_folder(options.profile)))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from focuslib.trace import Trace
+    from focuslib.prefill.trace import Trace
 
     Trace.load(options.trace).save_pth(options.pth)
     print(f"{options.pth}: {options.pth.stat().st_size / 2**20:.1f} MiB")
@@ -298,7 +299,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from focuslib.check import check_profile, cost, table
+    from focuslib.experiments.check import check_profile, cost, table
 
     pairs = check_profile(options.profile)
     print(table(pairs).to_string(index=False))
@@ -309,7 +310,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from focuslib.check import fetch
+    from focuslib.experiments.check import fetch
 
     for name in options.name:
         print(fetch(name))

@@ -21,9 +21,9 @@ from tiny_tokenizer import write_tokenizer
 from transformers import AutoTokenizer
 from vlm_oracle import read_config, read_weights
 
+from focuslib.evaluation.datasets import DATASETS
+from focuslib.evaluation.sources import Source, sources
 from focuslib.models import Qwen25VL
-from focuslib.tasks.datasets import DATASETS
-from focuslib.tasks.sources import Source, sources
 
 FAMILIES = {
     "llava_vid": "llava_video",

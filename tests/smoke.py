@@ -52,9 +52,9 @@ def main(experiments: list[str]) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1"}  # the models are tiny: more threads only wait for each other
         import replicas  # beside this file
 
-        from focuslib.cells import read_status
-        from focuslib.experiments import results_folder
-        from focuslib.notebooks import execute
+        from focuslib.experiments.notebooks import execute
+        from focuslib.experiments.paper import results_folder
+        from focuslib.experiments.store import read_status
 
         results = results_folder(PROFILE)
         shutil.rmtree(results, ignore_errors=True)

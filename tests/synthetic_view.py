@@ -3,12 +3,20 @@
 import numpy as np
 import torch
 
+from focuslib.explore.recorder import (
+    NEVER,
+    Recording,
+    SiteView,
+    candidates,
+    reduce_site,
+    shown_vectors,
+    threshold_steps,
+)
+from focuslib.explore.view import ViewData
 from focuslib.grid import VisualGrid
-from focuslib.layout import rows_layout
-from focuslib.ops import SITES
-from focuslib.recorder import NEVER, Recording, SiteView, candidates, reduce_site, shown_vectors, threshold_steps
-from focuslib.similarity import ITSELF, ZERO
-from focuslib.view_data import ViewData
+from focuslib.kernels.similarity import ITSELF, ZERO
+from focuslib.models.layout import rows_layout
+from focuslib.prefill.ops import SITES
 
 
 def synthetic_view(

@@ -12,7 +12,7 @@ from focuslib.grid import VisualGrid
 from focuslib.methods import Adaptiv
 from focuslib.methods.adaptiv import KEPT, MERGED_LEFT, MERGED_UP, merge_directions, merge_roots
 from focuslib.methods.base import Prefill
-from focuslib.ops import DecoderShape
+from focuslib.prefill.ops import DecoderShape
 
 SHAPE = DecoderShape(layers=4, hidden=64, mlp=128, heads=4, kv_heads=2, head_dim=16)
 

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from focuslib import motion
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
+from focuslib.kernels import motion
+from focuslib.kernels.motion import INFORMATIVE, compensate, frame_matches, motion_search, replaced_share, same_position
 from focuslib.methods import Cmc
 from focuslib.methods.base import Prefill
-from focuslib.motion import INFORMATIVE, compensate, frame_matches, motion_search, replaced_share, same_position
-from focuslib.ops import DecoderShape, cmc_operations, dense_operations
+from focuslib.prefill.ops import DecoderShape, cmc_operations, dense_operations
 
 SHAPE = DecoderShape(layers=1, hidden=48, mlp=96, heads=3, kv_heads=3, head_dim=16)
 

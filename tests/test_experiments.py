@@ -9,13 +9,15 @@ import torch
 from tiny_models import untrained_checkpoint
 
 from focuslib import cli, report
-from focuslib.cells import claimed, collect, make_cell, median_index, read_result, read_status, run_cells
 from focuslib.errors import UserError
-from focuslib.evaluate import question
+from focuslib.evaluation.lmms import question
+from focuslib.evaluation.settings import method_settings
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.runner import median_index, run_cells
+from focuslib.experiments.store import claimed, collect, read_result, read_status
 from focuslib.methods import METHODS
 from focuslib.models import TinyOnevision
-from focuslib.ops import SITES
-from focuslib.params import method_settings
+from focuslib.prefill.ops import SITES
 
 COMMON = {
     "model": "tiny_onevision",
@@ -291,14 +293,14 @@ def test_a_checkpoint_that_is_missing_fails_the_run(capsys, tmp_path):
 
 
 def test_batches_are_refused():
-    from focuslib.evaluate import FocusLmms
+    from focuslib.evaluation.lmms import FocusLmms
 
     with pytest.raises(UserError, match="batch_size is 4"):
         FocusLmms(batch_size=4)
 
 
 def test_yaml_typo_is_one_line(tmp_path):
-    from focuslib.params import read_params
+    from focuslib.experiments.params import read_params
 
     bad = tmp_path / "main.yaml"
     for text, line in [
@@ -343,7 +345,7 @@ def test_a_place_where_nothing_can_be_written_fails_the_cells(cells, tmp_path, m
 
 
 def test_a_cut_journal_line_is_dropped(tmp_path):
-    from focuslib.journal import Journal
+    from focuslib.evaluation.journal import Journal
 
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)

@@ -14,16 +14,16 @@ from tiny_models import clip, untrained_vlm
 from vlm_oracle import read_config, write_checkpoint
 
 from focuslib.errors import UserError
-from focuslib.explore import Explorer, View, explore, explore_trace
+from focuslib.explore.recorder import NEVER, Cancelled, shown_vectors, stage_of, threshold_steps
+from focuslib.explore.view import run_view, trace_view
+from focuslib.explore.widget import Explorer, View, explore, explore_trace
 from focuslib.grid import VisualGrid
-from focuslib.layout import rows_layout, slices_layout, tiles_layout
+from focuslib.kernels.similarity import ZERO, concentrate
 from focuslib.methods import Adaptiv, Cmc, Dense, Focus, FrameFusion
 from focuslib.models import LlavaVideo, MiniCPMV
+from focuslib.models.layout import rows_layout, slices_layout, tiles_layout
 from focuslib.models.minicpmv import frame_text
-from focuslib.ops import SITES
-from focuslib.recorder import NEVER, Cancelled, shown_vectors, stage_of, threshold_steps
-from focuslib.similarity import ZERO, concentrate
-from focuslib.view_data import run_view, trace_view
+from focuslib.prefill.ops import SITES
 
 FOCUS = Focus(selected_layers=(2, 3, 4, 5, 6), retention=(0.4, 0.3, 0.2, 0.15, 0.1), vector_size=16, m_tile=128)
 QUESTION = "What moves?"

@@ -13,7 +13,7 @@ from focuslib.grid import VisualGrid
 from focuslib.methods import FrameFusion
 from focuslib.methods.base import Prefill
 from focuslib.methods.framefusion import budget_ratio, frame_before, run_means, run_starts
-from focuslib.ops import DecoderShape
+from focuslib.prefill.ops import DecoderShape
 
 
 def video(frames, height=4, width=5, start=4):

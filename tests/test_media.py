@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focuslib import media
 from focuslib.errors import UserError
-from focuslib.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
-from focuslib.models import LlavaOnevision, LlavaVideo, MiniCPMV
+from focuslib.models import LlavaOnevision, LlavaVideo, MiniCPMV, media
+from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 
 ALL = FrameSampling(max_frames=1000, per_second=1000)
 SIZE = (64, 48)  # width, height

@@ -5,9 +5,10 @@ import papermill
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib.experiments import planned_cells
-from focuslib.notebooks import EXPERIMENTS
-from focuslib.params import project_root, read_params
+from focuslib.experiments.notebooks import EXPERIMENTS
+from focuslib.experiments.paper import planned_cells
+from focuslib.experiments.params import read_params
+from focuslib.paths import project_root
 
 ROOT = project_root()
 

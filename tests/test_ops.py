@@ -2,7 +2,7 @@
 
 import pytest
 
-from focuslib.ops import (
+from focuslib.prefill.ops import (
     SITES,
     Counts,
     DecoderShape,

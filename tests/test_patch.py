@@ -10,7 +10,7 @@ from torch import nn
 
 from focuslib.grid import VisualGrid
 from focuslib.methods import Adaptiv, Cmc, Dense, Focus, FrameFusion
-from focuslib.patch import find_decoder
+from focuslib.prefill.patch import find_decoder
 
 SMALL = {"selected_layers": (1, 3, 5), "retention": (0.6, 0.4, 0.2), "vector_size": 16, "m_tile": 64}
 ACTING = (

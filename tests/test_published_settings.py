@@ -2,8 +2,10 @@
 
 import pytest
 
+from focuslib.evaluation.settings import method_settings
+from focuslib.experiments.params import read_params
 from focuslib.methods.settings import make_method
-from focuslib.params import method_settings, project_root, read_params
+from focuslib.paths import project_root
 
 VIDEO, IMAGE = ("videomme", "mlvu", "mvbench"), ("vqav2", "mme", "mmbench")
 USUAL = (0.4, 0.3, 0.2, 0.15, 0.1)

@@ -11,14 +11,16 @@ import torch
 from datasets import Dataset as Table
 from PIL import Image
 
-from focuslib import cli, evaluate, report
-from focuslib.cells import make_cell, run_cells
+from focuslib import cli, report
 from focuslib.errors import UserError
+from focuslib.evaluation import evaluate, lmms
+from focuslib.evaluation.datasets import DATASETS
+from focuslib.evaluation.sources import sources
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.runner import run_cells
 from focuslib.methods import Dense, Focus, FrameFusion
-from focuslib.models import MODELS
-from focuslib.params import project_root
-from focuslib.tasks.datasets import DATASETS
-from focuslib.tasks.sources import sources
+from focuslib.models import MODELS, load_vlm
+from focuslib.paths import project_root
 
 COMMON = {"device": "cpu", "dtype": "float32", "seed": 0}
 # each model, each data set and each method at least once; `make smoke` runs all that the paper pairs
@@ -44,9 +46,9 @@ def hf_home(tmp_path_factory):
         patch.delenv("HF_DATASETS_CACHE", raising=False)
         patch.delenv("LMMS_EVAL_DATASETS_CACHE", raising=False)
         replicas.write_datasets(folder)
-        evaluate.load_tasks.cache_clear()
+        lmms.load_tasks.cache_clear()
         yield folder
-        evaluate.load_tasks.cache_clear()
+        lmms.load_tasks.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def vlm(checkpoints):
 
     def load(name):
         if name not in loaded:
-            loaded[name] = evaluate.load_vlm(name, checkpoints[name], device="cpu", dtype="float32")
+            loaded[name] = load_vlm(name, checkpoints[name], device="cpu", dtype="float32")
         return loaded[name]
 
     return load
@@ -127,7 +129,7 @@ def test_scores(dataset, right, vlm, monkeypatch):
         doc = self.task_dict[task][split][doc_id]
         return {"answer": str(doc.get(answer, answer)) if right else "D" if dataset == "mmbench" else "?"}
 
-    monkeypatch.setattr(evaluate.FocusLmms, "_answer", know)
+    monkeypatch.setattr(lmms.FocusLmms, "_answer", know)
     result = evaluate.evaluate(vlm("llava_onevision"), Dense(), DATASETS[dataset])
     assert result.score == pytest.approx(best if right else 0)
     assert {sample["score"] for sample in result.samples} == {float(right)}
@@ -140,7 +142,7 @@ def test_a_limit_keeps_pairs_together(vlm):
 
 def test_the_judge_is_not_called_without_a_key(vlm, monkeypatch):
     """An answer without a letter gets the task's random one at once, instead of 45 s of failing calls."""
-    monkeypatch.setattr(evaluate.FocusLmms, "_answer", lambda *arguments: {"answer": "a nice picture"})
+    monkeypatch.setattr(lmms.FocusLmms, "_answer", lambda *arguments: {"answer": "a nice picture"})
     start = time.perf_counter()
     result = evaluate.evaluate(vlm("qwen2_5_vl"), Dense(), DATASETS["mmbench"])
     assert time.perf_counter() - start < 10
@@ -174,7 +176,7 @@ def test_a_corrupt_video_is_one_recorded_failure(vlm, spoilt, hf_home):
 @pytest.mark.parametrize("share", [0, 0.5, 0.9])
 def test_a_corrupt_image_is_one_recorded_failure(vlm, share, monkeypatch):
     """Images lie in the data set itself and are decoded when the question is asked."""
-    (task,) = evaluate.load_tasks(DATASETS["vqav2"], "llava_onevision")[1]
+    (task,) = lmms.load_tasks(DATASETS["vqav2"], "llava_onevision")[1]
     split = task.config.test_split
     rows = [dict(row) for row in task.dataset[split].with_format("arrow").to_pandas().to_dict("records")]
     content = io.BytesIO()

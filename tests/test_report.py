@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from focuslib.cells import CellResult, make_cell
-from focuslib.intervals import Z95, mcnemar, mean_interval, paired_difference, proportion_interval
+from focuslib.evaluation.statistics import Z95, mcnemar, mean_interval, paired_difference, proportion_interval
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.store import CellResult, paired_scores
 
 COMMON = {"model": "tiny_onevision", "dataset": "tinyvideo_motion", "limit": None, "device": "cpu", "dtype": "float32"}
 
@@ -26,7 +27,7 @@ def draw(rng, size: int, lost: float, won: float):
 
 def test_the_paired_interval_is_bonett_and_prices():
     base, other = draw(np.random.default_rng(0), 120, 0.1, 0.05)
-    difference, half = paired_difference(answered(base), answered(other))
+    difference, half = paired_difference(base, other)
     n = len(base)
     lost, won = ((base > other).sum() + 1) / (n + 2), ((other > base).sum() + 1) / (n + 2)
     assert difference == pytest.approx((other - base).mean())
@@ -35,7 +36,7 @@ def test_the_paired_interval_is_bonett_and_prices():
 
 def test_agreeing_on_a_few_questions_is_no_proof():
     base = answered([1, 0, 1, 1] * 10)
-    difference, half = paired_difference(base, base)
+    difference, half = paired_difference(*paired_scores(base, base))
     assert difference == 0 and 0.05 < half < 0.1
 
 
@@ -45,14 +46,14 @@ def test_agreeing_on_a_few_questions_is_no_proof():
 def test_the_paired_interval_covers_the_truth(size, lost, won):
     rng, covered = np.random.default_rng(1), 0
     for _ in range(1000):
-        difference, half = paired_difference(*map(answered, draw(rng, size, lost, won)))
+        difference, half = paired_difference(*draw(rng, size, lost, won))
         covered += abs(difference - (won - lost)) <= half
     assert covered >= 930
 
 
 def test_only_questions_that_both_answered_count():
     base, other = answered([1, 1, 0, 0]), answered([1, 0])
-    assert paired_difference(base, other)[0] == -0.5
+    assert paired_difference(*paired_scores(base, other))[0] == -0.5
 
 
 @pytest.mark.parametrize("size", [40, 480])
@@ -65,9 +66,9 @@ def test_the_interval_of_a_score_covers_the_truth(size):
 
 def test_mcnemar_is_the_exact_binomial():
     base, other = answered([1] * 9 + [0] * 1 + [1] * 5), answered([0] * 9 + [1] * 1 + [1] * 5)
-    lost, won, p = mcnemar(base, other)
+    lost, won, p = mcnemar(*paired_scores(base, other))
     assert (lost, won) == (9, 1) and p == pytest.approx(2 * (1 + 10) / 2**10)
-    assert mcnemar(base, base) == (0, 0, 1.0)
+    assert mcnemar(*paired_scores(base, base)) == (0, 0, 1.0)
 
 
 def test_one_value_has_no_width():

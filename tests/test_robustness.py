@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib import journal, report
-from focuslib.cells import collect, make_cell, read_result, run_cells
+from focuslib import report
+from focuslib.evaluation import journal
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.runner import run_cells
+from focuslib.experiments.store import collect, read_result
 from focuslib.models import TinyOnevision
-from focuslib.trace import Trace
+from focuslib.prefill.trace import Trace
 
 SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_size": 16, "m_tile": 64}
 QUESTIONS = 4
@@ -25,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job sta
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_robustness import cells, run
-from focuslib.journal import Journal
+from focuslib.evaluation.journal import Journal
 checkpoint, folder, answers, how, size = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
 original, given = Journal.add, []
 def add(self, *args):
@@ -135,7 +138,7 @@ WITH_WORKERS = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from focuslib.journal import Journal
+from focuslib.evaluation.journal import Journal
 original, given = Journal.add, []
 def add(self, *args):
     original(self, *args)
@@ -155,7 +158,7 @@ def test_a_killed_run_with_workers_goes_on(checkpoint, expected, tmp_path, monke
     folder = tmp_path / "results"
     killed = subprocess.run([sys.executable, script, checkpoint, folder], capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL
-    for lock in folder.glob("work/*/lock"):  # the workers end with it, in a moment
+    for lock in folder.glob("locks/*"):  # the workers end with it, in a moment
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
     kept = answers_kept(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from focuslib.semantic import attention_rows, most_important, prompt_importance, tokens_to_keep
+from focuslib.kernels.semantic import attention_rows, most_important, prompt_importance, tokens_to_keep
 
 
 def test_two_prunings_equal_published_vectors(golden):

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focuslib.grid import VisualGrid
-from focuslib.ops import SITES
-from focuslib.similarity import ITSELF, ZERO, concentrate
-from focuslib.trace import Trace
+from focuslib.kernels.similarity import ITSELF, ZERO, concentrate
+from focuslib.prefill.ops import SITES
+from focuslib.prefill.trace import Trace
 
 CASES = ["block111_f2", "block333", "pad", "plain", "pruned_tile", "query_heads", "thin_grid", "tile", "vector_gt_dim"]
 
@@ -179,7 +179,7 @@ def test_one_tile_equals_a_tile_longer_than_the_sequence():
 def test_the_chunk_size_does_not_matter(monkeypatch):
     x, positions, grid = video_like()
     whole = concentrate(x, positions, grid, threshold=0.85)
-    monkeypatch.setattr("focuslib.similarity._CPU_CHUNK_BYTES", 4 * 128 * 3)
+    monkeypatch.setattr("focuslib.kernels.similarity._CPU_CHUNK_BYTES", 4 * 128 * 3)
     pieces = concentrate(x, positions, grid, threshold=0.85)
     assert torch.equal(whole.codes, pieces.codes) and torch.equal(whole.values, pieces.values)
 

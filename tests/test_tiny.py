@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from focuslib.models import TinyOnevision
+from focuslib.models.tiny import CHECKPOINT
 from focuslib.tasks.tinyvideo.questions import prompt, questions
 from focuslib.tasks.tinyvideo.scenes import render, sample_scene
-from focuslib.tiny import CHECKPOINT
-from focuslib.tiny.data import Batches
-from focuslib.tiny.model import build_model, pixels
-from focuslib.tiny.packed import ATTENTION, packed_forward
-from focuslib.tiny.tokenizer import FOOTER, HEADER, build_tokenizer
-from focuslib.tiny.train import visual_features
+from training.data import Batches
+from training.model import build_model, pixels
+from training.packed import ATTENTION, packed_forward
+from training.tokenizer import FOOTER, HEADER, build_tokenizer
+from training.train import visual_features
 
 
 def inputs(tokenizer, frames: np.ndarray, text: str) -> dict[str, torch.Tensor]:

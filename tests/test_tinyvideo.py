@@ -107,7 +107,7 @@ def test_build_is_complete_and_not_repeated(tmp_path, monkeypatch):
 
 
 def test_tokenizer_round_trip():
-    from focuslib.tiny.tokenizer import FOOTER, HEADER, build_tokenizer
+    from training.tokenizer import FOOTER, HEADER, build_tokenizer
 
     tokenizer = build_tokenizer()
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.ops import SITES
-from focuslib.similarity import ITSELF, ZERO, concentrate, resolve_pointers
-from focuslib.trace import MAGIC, Trace, TraceWriter
+from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, resolve_pointers
+from focuslib.prefill.ops import SITES
+from focuslib.prefill.trace import MAGIC, Trace, TraceWriter
 
 
 @st.composite
@@ -201,8 +201,8 @@ import resource, sys, time
 from pathlib import Path
 import torch
 from focuslib.grid import VisualGrid
-from focuslib.ops import SITES
-from focuslib.trace import Trace, TraceWriter
+from focuslib.prefill.ops import SITES
+from focuslib.prefill.trace import Trace, TraceWriter
 torch.set_num_threads(1)
 layers, folder = int(sys.argv[1]), Path(sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

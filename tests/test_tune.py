@@ -7,7 +7,7 @@ from tiny_models import untrained_checkpoint
 
 from focuslib import cli
 from focuslib.errors import UserError
-from focuslib.tune import best_row, bisect_sparsity, close, grid_search
+from focuslib.experiments.tune import best_row, bisect_sparsity, close, grid_search
 
 TASKS = ["tinyvideo_motion_tune", "tinyvideo_attributes_tune"]
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from focuslib.cells import make_cell, run_cells
-from focuslib.workers import process_pool
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.pool import process_pool
+from focuslib.experiments.runner import run_cells
 
 PARENT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 sys.path.insert(0, {tests!r})
 from test_workers import sleep
-from focuslib.workers import process_pool
+from focuslib.experiments.pool import process_pool
 if __name__ == "__main__":
     with process_pool(2) as pool:
         futures = [pool.submit(sleep, folder) for folder in sys.argv[1:]]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from focuslib.models import TinyOnevision
-from focuslib.tiny.model import build_model
-from focuslib.tiny.tokenizer import build_tokenizer
+from training.model import build_model
+from training.tokenizer import build_tokenizer
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from focuslib.methods import Adaptiv, Cmc, Focus
 from focuslib.models import VLM, Inputs
-from focuslib.ops import SITES
+from focuslib.prefill.ops import SITES
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.methods.base import Method, Prefill, PrefillRecord
-from focuslib.similarity import resolve_pointers
+from focuslib.kernels.similarity import resolve_pointers
+from focuslib.methods.base import Method
+from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
 KEPT, MERGED_UP, MERGED_LEFT = 0, 1, 2  # direction of each visual token
 
@@ -46,6 +48,12 @@ class Adaptiv(Method):
 
     def computation_sparsity(self, record: PrefillRecord) -> float:
         return record.stats["sparsity"]
+
+    def links(self, record: PrefillRecord) -> Links:
+        grid, kind = record.grid, record.details["direction"].numpy()
+        target = np.arange(grid.length) - np.array([0, grid.height_stride, grid.width_stride])[kind]
+        kinds = ("kept", "merged into the token above", "merged into the token to the left")
+        return Links("merge direction", kinds, target.astype(np.int32), kind)
 
 
 def sign_similarity(x: Tensor, distance: int) -> Tensor:

@@ -3,92 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from focuslib.grid import VisualGrid
-from focuslib.ops import Counts, DecoderShape, SiteCounts
-from focuslib.similarity import ITSELF, ZERO
-from focuslib.trace import TraceWriter
-
-if TYPE_CHECKING:
-    from focuslib.models.base import VLM
-    from focuslib.patch import Run
-
-
-@dataclass
-class PrefillRecord:
-    """What a method did in one prefill.
-
-    retained: visual tokens each layer's MLP sees. kept: layer → positions after a drop there ([k] int64, CPU).
-    counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
-    codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
-    stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
-    """
-
-    grid: VisualGrid
-    shape: DecoderShape
-    retained: list[int] = field(default_factory=list)
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    counts: Counts = None
-    codes: TraceWriter | None = None
-    stats: dict[str, float] = field(default_factory=dict)
-    details: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.counts = Counts(self.grid.length)
-
-
-class Prefill:
-    """One running prefill, as a method's events see it.
-
-    grid: the original geometry of the visual tokens; shape: the decoder's dimensions.
-    present: [P] int64, original positions (0 … S − 1) of the visual tokens still in the sequence, ascending.
-    state: the method's own values for the length of this prefill.
-    """
-
-    def __init__(self, grid: VisualGrid, shape: DecoderShape, length: int, device: torch.device, keep_codes: bool):
-        self.grid = grid
-        self.shape = shape
-        self.kept: Tensor | None = None  # original sequence index of each row still present; None: all of them
-        self.length = length
-        self.present = torch.arange(grid.length, device=device)
-        self.state: dict[str, Any] = {}
-        self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
-
-    @property
-    def visual(self) -> slice:
-        """The rows of the current sequence that hold visual tokens."""
-        return slice(self.grid.start, self.grid.start + len(self.present))
-
-    def drop(self, layer: int, rows: Tensor) -> None:
-        """Go on with these rows of the current sequence only ([k] int64, ascending; every text row among them)."""
-        self.kept = rows if self.kept is None else self.kept[rows]
-        self.length = len(rows)
-        visual = rows[(rows >= self.visual.start) & (rows < self.visual.stop)] - self.visual.start
-        self.present = self.present[visual]
-        self.record.kept[layer] = self.present.cpu()
-
-    def record_site(self, layer: int, site: str, codes: Tensor) -> None:
-        """Count, and keep if a trace is recorded, the codes of the present visual tokens at a site ([P, V] uint8)."""
-        absent = self.grid.length - len(self.present)
-        vectors = codes.shape[1]
-        is_zero = codes == ZERO
-        while len(self.record.counts.layers) <= layer:
-            self.record.counts.layers.append({})
-        self.record.counts.layers[layer][site] = SiteCounts(
-            vectors=vectors,
-            zero=int(is_zero.sum()) + absent * vectors,
-            similar=int((~is_zero & (codes != ITSELF)).sum()),
-            empty_tokens=int(is_zero.all(1).sum()) + absent,
-        )
-        if self.record.codes is not None:
-            full = codes.new_full((self.grid.length, vectors), ZERO)
-            full[self.present] = codes
-            self.record.codes.add(layer, site, full)
+from focuslib.models.base import VLM
+from focuslib.prefill.patch import install
+from focuslib.prefill.record import Links, Prefill, PrefillRecord, Run
 
 
 @dataclass(frozen=True)
@@ -104,8 +26,6 @@ class Method:
 
     def __call__(self, vlm: VLM, *, trace: bool = False) -> AbstractContextManager[Run]:
         """Install the method on `vlm` for the length of a `with` block. trace: record every vector's code as well."""
-        from focuslib.patch import install  # the patch imports this module
-
         return install(self, vlm, trace=trace)
 
     def settings(self) -> dict[str, Any]:
@@ -145,6 +65,10 @@ class Method:
     def computation_sparsity(self, record: PrefillRecord) -> float:
         """1 − operations / dense operations of a prefill, by the paper's count (Table II)."""
         return 0.0
+
+    def links(self, record: PrefillRecord) -> Links | None:
+        """Which token each one is replaced by or merged into, for views; None where tokens have no such link."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.kernels.motion import compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.methods.base import Method
 from focuslib.methods.frames import require_frames
-from focuslib.motion import compensate, frame_matches, motion_search, replaced_share, same_position
-from focuslib.ops import cmc_operations, dense_operations
+from focuslib.prefill.ops import cmc_operations, dense_operations
+from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,15 @@ class Cmc(Method):
         sparsities = (record.stats[f"{name}_sparsity"] for name in ("linear", "query", "attn_score"))
         left = cmc_operations(record.shape, record.grid.length, *sparsities)
         return 1 - left / dense_operations(record.shape, record.grid.length)
+
+    def links(self, record: PrefillRecord) -> Links:
+        match, itself = record.details["linear_match"].numpy(), np.arange(record.grid.length)
+        size = record.grid.tokens_per_frame
+        in_i_frame = (itself // size) % self.interval == self.i_frame
+        kind = np.select([match < 0, in_i_frame, match % size == itself % size], [0, 1, 2], 3)
+        kinds = ("computed itself", "I-frame", "same place in the I-frame", "elsewhere in the I-frame")
+        target = np.where(match < 0, itself, match)
+        return Links("best I-frame match (linear layers)", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
     def _compensate(self, prefill: Prefill, rows: Tensor, threshold: float) -> float:
         """Search among, and replace in place, the visual tokens of rows [T, C]; returns the share replaced."""

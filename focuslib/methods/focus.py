@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.methods.base import Method, Prefill, PrefillRecord
-from focuslib.ops import concentrated_operations, dense_operations
-from focuslib.semantic import most_important, prompt_importance, tokens_to_keep
-from focuslib.similarity import ITSELF, MAX_CANDIDATES, concentrate, num_vectors
+from focuslib.grid import VisualGrid
+from focuslib.kernels.semantic import most_important, prompt_importance, tokens_to_keep
+from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, concentrate, num_vectors
+from focuslib.methods.base import Method
+from focuslib.prefill.ops import concentrated_operations, dense_operations
+from focuslib.prefill.record import Prefill, PrefillRecord
+from focuslib.prefill.trace import BlockGeometry
 
 
 @dataclass(frozen=True)
@@ -70,27 +73,30 @@ class Focus(Method):
         visual = x[prefill.visual]
         if self.sec_only:
             vectors = num_vectors(visual.shape[1], self.vector_size)
-            prefill.record_site(layer, site, visual.new_full((len(visual), vectors), ITSELF, dtype=torch.uint8))
+            codes = visual.new_full((len(visual), vectors), ITSELF, dtype=torch.uint8)
+            prefill.record_site(layer, site, codes, self.geometry(prefill.grid))
             return x
+        geometry = self.geometry(prefill.grid)
         merged = concentrate(
             visual,
             prefill.present,
             prefill.grid,
             threshold=self.similarity_threshold,
             vector_size=self.vector_size,
-            frame_block=self.frame_block,
-            block=self.block,
+            frame_block=geometry.frame_block,
+            block=geometry.block,
             m_tile=self.m_tile,
-            max_doublings=self.max_doublings(prefill.grid.num_frames, prefill.grid.length),
+            max_doublings=geometry.max_doublings,
         )
-        prefill.record_site(layer, site, merged.codes)
+        prefill.record_site(layer, site, merged.codes, geometry)
         x = x.clone()
         x[prefill.visual] = merged.values
         return x
 
-    def max_doublings(self, num_frames: int, length: int) -> int:
-        """Pointer-doubling steps: the published bound, or enough to reach any root."""
-        return length.bit_length() if self.full_resolution else num_frames
+    def geometry(self, grid: VisualGrid) -> BlockGeometry:
+        """The block of candidates, and the pointer-doubling steps: the published bound, or enough to reach any root."""
+        doublings = grid.length.bit_length() if self.full_resolution else grid.num_frames
+        return BlockGeometry(self.frame_block, self.block, doublings)
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         heads, tokens, width = queries.shape

@@ -3,18 +3,20 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.errors import InputError, UserError
-from focuslib.methods.base import Method, Prefill, PrefillRecord
+from focuslib.kernels.semantic import attention_rows, most_important
+from focuslib.methods.base import Method
 from focuslib.methods.frames import require_frames
-from focuslib.semantic import attention_rows, most_important
+from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
 
 @dataclass
-class Progress:
+class _State:
     """How far one prefill has got.
 
     shares: share of the visual tokens that each merging call removed. importance: [T] of the next call, when it prunes.
@@ -58,7 +60,7 @@ class FrameFusion(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
-        prefill.state["progress"] = Progress(root=torch.arange(prefill.grid.length, device=embeds.device))
+        prefill.state["progress"] = _State(root=torch.arange(prefill.grid.length, device=embeds.device))
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._call(prefill, hidden) if layer == 0 else (hidden, None)
@@ -81,6 +83,12 @@ class FrameFusion(Method):
 
     def computation_sparsity(self, record: PrefillRecord) -> float:
         return 1 - self.cost
+
+    def links(self, record: PrefillRecord) -> Links:
+        target, itself = record.details["merge_root"].numpy(), np.arange(record.grid.length)
+        kind = np.select([target != itself, ~np.isin(itself, record.left.numpy())], [1, 2], 0)
+        kinds = ("kept", "merged into an earlier frame", "pruned")
+        return Links("merged runs and pruned tokens", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
     def _call(self, prefill: Prefill, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         progress = prefill.state["progress"]

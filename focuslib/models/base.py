@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.layout import TokenLayout, rows_layout
-from focuslib.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
+from focuslib.models.layout import TokenLayout, rows_layout
+from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 from focuslib.models.quantize import int8_config
 
 # A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, or frames [F, H, W, 3] uint8.

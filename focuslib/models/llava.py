@@ -17,9 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import get_any
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.layout import TokenLayout, tiles_layout
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config, read_json
+from focuslib.models.layout import TokenLayout, tiles_layout
 
 # Original (lmms-lab) parameter names → transformers names. The patterns exclude each other, so their order is free.
 KEY_MAPPING = {

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from focuslib.grid import VisualGrid
-from focuslib.media import FrameSampling
 from focuslib.models.llava import Llava
+from focuslib.models.media import FrameSampling
 
 
 class LlavaOnevision(Llava):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import VisualGrid
-from focuslib.layout import TokenLayout, rows_layout
-from focuslib.media import FrameSampling
+from focuslib.models.layout import TokenLayout, rows_layout
 from focuslib.models.llava import Llava
+from focuslib.models.media import FrameSampling
 
 
 class LlavaVideo(Llava):

@@ -13,10 +13,10 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionCo
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.layout import TokenLayout, slices_layout
-from focuslib.media import FrameSampling
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config
+from focuslib.models.layout import TokenLayout, slices_layout
+from focuslib.models.media import FrameSampling
 from focuslib.models.minicpmv_network import MiniCPMVConfig, MiniCPMVModel
 
 SCALE = 448  # pixels a side of a slice's area

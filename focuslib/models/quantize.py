@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from focuslib.errors import UserError
+from focuslib.prefill.patch import find_decoder
 
 
 def int8_config(keep: tuple[str, ...]) -> BitsAndBytesConfig:
@@ -19,12 +20,22 @@ def int8_config(keep: tuple[str, ...]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
 
 
-def linear_layers(decoder: nn.Module) -> dict[str, Any]:
-    """What a decoder's linear layers are made of: how many are 8-bit, their weights' dtypes and bytes."""
-    weights = [module.weight for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
+def linear_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What the linear layers of each part of a VLM are made of: how many, how many in 8 bit, their types and MiB."""
+    decoder, parts = find_decoder(model), {}
+    in_decoder, head = set(decoder.modules()), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        outer = name.removeprefix("model.").split(".")[0]
+        part = "language model" if module in in_decoder else "output head" if module is head else outer
+        parts.setdefault(part, []).append(module.weight)
     return {
-        "linear layers": len(weights),
-        "in 8 bit": sum(weight.dtype == torch.int8 for weight in weights),
-        "weight type": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
-        "weights (MiB)": sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
+        part: {
+            "linear layers": len(weights),
+            "in 8 bit": sum(weight.dtype == torch.int8 for weight in weights),
+            "weight type": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
+            "weights (MiB)": sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
+        }
+        for part, weights in parts.items()
     }

@@ -11,9 +11,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.media import FrameSampling
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture
+from focuslib.models.media import FrameSampling
 
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1605632  # of an image after resizing, as published
 

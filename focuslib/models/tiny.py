@@ -1,8 +1,11 @@
 """The embedded tiny VLM: a LLaVA-OneVision of about 1.5 million parameters that ships with the package."""
 
-from focuslib.media import FrameSampling
+from pathlib import Path
+
 from focuslib.models.llava_onevision import LlavaOnevision
-from focuslib.tiny import CHECKPOINT
+from focuslib.models.media import FrameSampling
+
+CHECKPOINT = Path(__file__).parent / "tiny_onevision"  # config.json, model.safetensors, tokenizer files …
 
 
 class TinyOnevision(LlavaOnevision):

@@ -14,7 +14,7 @@ from synthetic_view import synthetic_view
 from test_media import write_video as write_webm
 from tiny_models import clip
 
-from focuslib.explore import View, default_method, explore, tiny_examples
+from focuslib.explore.widget import View, default_method, explore, tiny_examples
 from focuslib.methods import Focus
 from focuslib.tasks.tinyvideo.build import write_video
 

@@ -1,0 +1,149 @@
+"""The data sets of the experiments: which lmms-eval tasks they are, and which of their numbers is the score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from focuslib.tasks.tinyimage import build as tinyimage
+from focuslib.tasks.tinyvideo import build as tinyvideo
+
+Sample = dict[str, Any]  # one logged sample of lmms-eval
+Results = dict[str, dict[str, Any]]  # task → metric key → value
+
+
+def _stock_version() -> str:
+    return "lmms-eval " + version("lmms-eval")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set.
+
+    tasks: its lmms-eval task names (or groups). sample_score: a logged sample → 0 … 1 (right or wrong, for paired
+        comparisons). score: (results, samples) → the published score.
+    own_folder: where the tasks' YAML files are; None: they are lmms-eval's own, in its folder of the data set's name.
+    version: says which edition of the data was used; part of a result's identity.
+    prepare: makes the data now, where the package makes them.
+    together: questions that are scored together; a limit is rounded up to whole groups.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    sample_score: Callable[[Sample], float]
+    score: Callable[[Results, list[Sample]], float]
+    own_folder: Path | None = None
+    version: Callable[[], str] = _stock_version
+    prepare: Callable[[], object] = lambda: None
+    together: int = 1
+
+    @property
+    def stock(self) -> bool:
+        """Whether the tasks are lmms-eval's own."""
+        return self.own_folder is None
+
+    @property
+    def folder(self) -> Path:
+        """Where the tasks' YAML files are (lmms-eval's are found without importing it)."""
+        return self.own_folder or Path(find_spec("lmms_eval").origin).parent / "tasks" / self.name
+
+
+def _embedded(task: str, benchmark: ModuleType) -> Dataset:
+    """A task that ships with the package; benchmark: the module that builds its data."""
+    folder = Path(benchmark.__file__).parent
+    return Dataset(
+        name=task,
+        tasks=(task,),
+        sample_score=lambda sample: float(sample["acc"]),
+        score=lambda results, samples: 100 * results[task]["acc,none"],
+        own_folder=folder,
+        version=lambda: f"{folder.name} {benchmark.version()}",
+        prepare=benchmark.build,
+    )
+
+
+def _matches(metric: str, answer: str = "answer") -> Callable[[Sample], float]:
+    return lambda sample: float(sample[metric]["pred_answer"] == sample[metric][answer])
+
+
+def _metric(task: str, metric: str, scale: float = 1.0) -> Callable[[Results, list[Sample]], float]:
+    return lambda results, samples: scale * results[task][f"{metric},none"]
+
+
+def _mvbench_score(results: Results, samples: list[Sample]) -> float:
+    """The mean of the subtasks; lmms-eval leaves the group's own row empty."""
+    scores = [row["mvbench_accuracy,none"] for row in results.values() if "mvbench_accuracy,none" in row]
+    return sum(scores) / len(scores)
+
+
+def _mmbench_score(results: Results, samples: list[Sample]) -> float:
+    return sum(row["gpt_eval_score,none"] for row in results.values()) / len(results)
+
+
+def _mmbench_sample(sample: Sample) -> float:
+    """Whether the letter that the task itself reads in the answer is the right one; unreadable answers are wrong."""
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    logged = sample["gpt_eval_score"]
+    return float(MMBench_Evaluator().prefetch_answer(logged) == logged["answer"])
+
+
+MME = ("mme_cognition_score", "mme_perception_score")
+
+
+def _mme_score(results: Results, samples: list[Sample]) -> float:
+    """Both parts together; with a limit, there may be no question of one of them."""
+    return sum(results["mme"].get(f"{metric},none", 0.0) for metric in MME)
+
+
+def _mme_sample(sample: Sample) -> float:
+    return float(next(sample[key]["score"] for key in MME if key in sample))
+
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        *(
+            _embedded(f"tinyvideo_{task}{split}", tinyvideo)
+            for task in ("attributes", "needle", "motion")
+            for split in ("", "_tune")
+        ),
+        *(_embedded(f"tinyimage_attributes{split}", tinyimage) for split in ("", "_tune")),
+        Dataset(
+            "videomme",
+            ("videomme",),
+            _matches("videomme_perception_score"),
+            _metric("videomme", "videomme_perception_score"),
+        ),
+        Dataset(
+            "mlvu",
+            ("mlvu_dev",),
+            _matches("mlvu_percetion_score"),  # the task spells its key so
+            _metric("mlvu_dev", "mlvu_percetion_score"),
+        ),
+        Dataset(
+            "mvbench",
+            ("mvbench",),
+            lambda sample: float(sample["mvbench_accuracy"]["score"]),
+            _mvbench_score,
+        ),
+        Dataset(
+            "vqav2",
+            ("vqav2_val",),
+            lambda sample: float(sample["exact_match"]),
+            _metric("vqav2_val", "exact_match", scale=100),
+        ),
+        Dataset("mme", ("mme",), _mme_sample, _mme_score, together=2),
+        Dataset(
+            "mmbench",
+            ("mmbench_en_dev", "mmbench_cn_dev", "mmbench_ru_dev"),
+            _mmbench_sample,
+            _mmbench_score,
+        ),
+    )
+}

@@ -1,0 +1,110 @@
+"""One call that scores a method on a data set, through stock lmms-eval."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from focuslib.errors import UserError
+from focuslib.evaluation.datasets import Dataset
+from focuslib.evaluation.journal import Journal
+from focuslib.evaluation.judge import no_unanswered_calls
+from focuslib.evaluation.sources import require
+from focuslib.methods import Method
+from focuslib.models import VLM
+from focuslib.prefill.record import Run
+
+
+@dataclass
+class Evaluation:
+    """A method's result on a data set.
+
+    score: the published score. samples: one dict a question, in order: task, doc_id, score (0 … 1), answer, and the
+    numbers of `summary`. failures: questions that count as wrong because their media could not be read, or (final)
+    because the method cannot take them.
+    """
+
+    score: float
+    samples: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    vlm: VLM,
+    method: Method,
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    journal: Path | None = None,
+    save_trace: Callable[[str, int, Run], None] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Score a method on a data set with lmms-eval. limit: the first so many questions of each task.
+
+    journal: a file of answered requests; a run that was killed goes on from it. save_trace: called with the task, the
+    question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
+    """
+    require(dataset)
+    from lmms_eval import evaluator  # takes ten seconds, which a run that resumes all its cells need not wait for
+
+    from focuslib.evaluation.lmms import FocusLmms, load_tasks
+
+    if limit is not None:
+        limit = math.ceil(limit / dataset.together) * dataset.together
+    log = Journal(journal) if journal else None
+    model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
+    manager, tasks = load_tasks(dataset, vlm.name)
+    try:
+        with TemporaryDirectory() as submissions, no_unanswered_calls(), _without_bars(evaluator):
+            outcome = evaluator.simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                datetime_str="",
+                cli_args=Namespace(output_path=submissions, process_with_media=False),
+            )
+    finally:
+        if log:
+            log.close()
+    samples, failures = [], []
+    for task, logged in outcome["samples"].items():
+        for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
+            entry = dict(model.records[task, sample["doc_id"]])
+            entry.pop("key", None)
+            identity = {"task": task, "doc_id": sample["doc_id"]}
+            if "error" in entry:
+                failures.append({**identity, **{name: entry[name] for name in ("error", "final") if name in entry}})
+            samples.append({**identity, "score": dataset.sample_score(sample), **entry})
+    if samples and len(failures) == len(samples):
+        raise UserError(f"{dataset.name}: no question could be answered; the first: {failures[0]['error']}")
+    return Evaluation(dataset.score(outcome["results"], samples), samples, failures)
+
+
+@contextmanager
+def _without_bars(evaluator: ModuleType) -> Iterator[None]:
+    """Keep lmms-eval's own bars off the screen: they run over answers that are there already."""
+    shown = evaluator.tqdm
+    evaluator.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
+    try:
+        yield
+    finally:
+        evaluator.tqdm = shown

@@ -1,0 +1,170 @@
+"""Our models as one of stock lmms-eval's model classes, and its tasks. The only module that imports lmms-eval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from datasets.utils.logging import set_verbosity_error
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import Task
+from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
+from tqdm import tqdm
+
+from focuslib.errors import InputError, UserError, pick
+from focuslib.evaluation.datasets import DATASETS, Dataset
+from focuslib.evaluation.journal import Journal, digest
+from focuslib.methods import Method
+from focuslib.methods.settings import make_method
+from focuslib.models import VLM, load_vlm
+from focuslib.models.media import readable_images
+from focuslib.prefill.ops import SITES, dense_operations
+from focuslib.prefill.record import PrefillRecord, Run
+
+# Generation arguments of the tasks that a greedy decoder understands; the others (temperature, beams) are left out.
+_GENERATION = ("max_new_tokens",)
+
+
+class FocusLmms(lmms):
+    """A loaded VLM under one method, as lmms-eval sees it.
+
+    From the command line: `lmms-eval --model focuslib --model_args model=tiny_onevision,method=focus,m_tile=512 …`.
+    Every further argument is a setting of the method; lists are written 1:3:5.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        model: str | VLM = "tiny_onevision",
+        method: str | Method = "dense",
+        pretrained: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        journal: Journal | None = None,
+        save_trace: Callable[[str, int, Run], None] | None = None,
+        **settings: Any,
+    ):
+        super().__init__()
+        if int(batch_size) != 1:
+            raise UserError(f"batch_size is {batch_size}; methods act on one sequence at a time, use batch_size 1")
+        settings.pop("max_batch_size", None)
+        self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype)
+        self.method = method if isinstance(method, Method) else make_method(method, settings)
+        self.journal = journal
+        self.save_trace = save_trace
+        self.records: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"{self.vlm.name} under {self.method}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.vlm.device
+
+    def clean(self) -> None:
+        """Keep the model: the next method uses it too."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer every request; those in the journal are not run again."""
+        answers = []
+        with self.method(self.vlm, trace=self.save_trace is not None) as run:
+            for request in tqdm(requests, desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False):
+                context, generation, _, doc_id, task, split = request.args
+                key = digest([repr(self), task, split, doc_id, context, generation])
+                entry = self.journal.entries.get(key) if self.journal else None
+                if entry is None:
+                    entry = self._answer(run, *request.args)
+                    if self.journal and ("error" not in entry or "final" in entry):
+                        self.journal.add(key, entry)
+                self.records[task, doc_id] = entry
+                answers.append(entry["answer"])
+        return answers
+
+    def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
+        """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
+        try:
+            with readable_images(f"{task} {doc_id}"):
+                visuals = to_visual(self.task_dict[task][split][doc_id]) or [None]
+            if len(visuals) > 1:
+                raise UserError(f"{len(visuals)} images or videos in one question; the models here take one")
+            inputs = self.vlm.prepare(visuals[0], context)
+        except (SystemExit, UserError) as error:  # the former is how some stock tasks report a missing video
+            logger.warning(f"{task} {doc_id}: {error}")
+            return {"answer": "", "error": str(error)}
+        start = time.perf_counter()
+        try:
+            ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
+        except InputError as error:
+            logger.warning(f"{task} {doc_id}: {error}")
+            return {"answer": "", "error": str(error), "final": True}
+        seconds = time.perf_counter() - start
+        answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        stops = generation.get("until") or ()
+        for stop in (stops,) if isinstance(stops, str) else stops:
+            answer = answer.split(stop)[0]
+        if self.save_trace is not None:
+            self.save_trace(task, doc_id, run)
+        entry = {"answer": answer, "seconds": seconds, **summary(run.method, run.last)}
+        run.prefills.clear()
+        return entry
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise UserError("focuslib generates answers; tasks that score log-likelihoods are not supported")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise UserError("focuslib answers one round; multi-round tasks are not supported")
+
+
+def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
+    """The numbers of one prefill that go into results: plain values only."""
+    grid, counts = record.grid, record.counts
+    numbers = {
+        "visual_tokens": grid.length,
+        "num_frames": grid.num_frames,
+        "computation_sparsity": method.computation_sparsity(record),
+        "dense_operations": dense_operations(record.shape, grid.length),
+        "retained": record.retained,
+        "stats": record.stats,
+    }
+    if counts.layers:
+        numbers["site_sparsity"] = {
+            site: [layer[site].sparsity(grid.length) for layer in counts.layers] for site in SITES
+        }
+        numbers["computed_vectors"] = sum(
+            grid.length * site.vectors - site.zero - site.similar for layer in counts.layers for site in layer.values()
+        )
+        numbers["weighted_sparsity"] = counts.weighted_sparsity(record.shape)
+    return numbers
+
+
+def question(dataset: str, model_name: str, number: int, task: str | None = None) -> tuple[Any, str]:
+    """The media and the prompt of one question of a data set's task. task: its name, the first one by default."""
+    tasks = load_tasks(pick(DATASETS, dataset, "dataset"), model_name)[1]
+    chosen = next(one for one in tasks if task in (None, one.config.task))
+    doc = chosen.eval_docs[number]
+    return chosen.doc_to_visual(doc)[0], chosen.doc_to_text(doc)
+
+
+@cache
+def load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Task]]:
+    """A data set's tasks with the prompts lmms-eval has for the model. Loading takes seconds, so runs share it."""
+    set_verbosity_error()  # else two lines a task say that its data were found in the cache
+    # only this data set's folder: reading all of lmms-eval's takes thirteen seconds
+    manager = TaskManager("ERROR", include_path=[str(dataset.folder)], include_defaults=False, model_name=model_name)
+    return manager, list(_leaves(get_task_dict(list(dataset.tasks), manager, "simple")))
+
+
+def _leaves(tasks: dict) -> Iterator[Task]:
+    """The task objects of a (possibly nested) task dictionary."""
+    for task in tasks.values():
+        if isinstance(task, dict):
+            yield from _leaves(task)
+        else:
+            yield task[1] if isinstance(task, tuple) else task

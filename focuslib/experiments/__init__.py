@@ -1,0 +1,1 @@
+"""Which cells an experiment has; run and resumed, here or on other machines."""

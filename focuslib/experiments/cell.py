@@ -1,0 +1,96 @@
+"""Cells, the independent pieces of an experiment (model × data set × method × settings), and what decides a result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import focuslib
+from focuslib.errors import pick
+from focuslib.evaluation.datasets import DATASETS
+from focuslib.evaluation.journal import digest
+from focuslib.evaluation.settings import method_settings
+from focuslib.methods.settings import make_method
+from focuslib.models import MODELS
+from focuslib.models.checkpoint import resolve_folder
+
+# Files up to this size are part of a checkpoint's identity by content, larger ones by name and size.
+_HASHED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One independent piece of an experiment.
+
+    kind: "accuracy" scores the method, "matched" does at settings of equal computation sparsity, "ablation" with a part
+        of the method switched off; "sparsity" asks only the first questions, "trace" does too and keeps the median
+        sample's trace; "cost" measures a prefill of one question, and "view" keeps what a view of one shows.
+    settings: every hyper-parameter of the method. limit: questions a task, None for all.
+    checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8" or None.
+    sample: keep this sample's trace (its place among the samples) instead of the median's.
+    """
+
+    kind: str
+    model: str
+    dataset: str
+    method: str
+    settings: dict[str, Any] = field(hash=False)
+    limit: int | None
+    device: str
+    dtype: str
+    seed: int
+    checkpoint: str | None = None
+    quantization: str | None = None
+    sample: int | None = None
+
+    def __str__(self) -> str:
+        precision = f" in {self.quantization}" if self.quantization else ""
+        return f"{self.kind} {self.model} × {self.dataset} × {self.method}{precision}"
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the result. Raises UserError if the checkpoint or the data set is unknown or missing."""
+        source = self.checkpoint or pick(MODELS, self.model, "model").checkpoint
+        return {
+            **asdict(self),
+            "checkpoint": fingerprint(resolve_folder(source)),
+            "data": pick(DATASETS, self.dataset, "dataset").version(),
+            "focuslib": focuslib.__version__,
+        }
+
+    def name(self) -> str:
+        """The file name of the cell's result, without its ending."""
+        return f"{self.kind}_{self.model}_{self.dataset}_{self.method}_{digest(self.identity())}"
+
+
+def make_cell(
+    kind: str, *, model: str, dataset: str, method: str, limit: int | None, device: str, dtype: str, seed: int,
+    checkpoint: str | None = None, settings: dict[str, Any] | None = None, quantization: str | None = None,
+    sample: int | None = None,
+) -> Cell:  # fmt: skip
+    """A cell with all names checked. settings: replace those of params/methods.yaml."""
+    pick(MODELS, model, "model")
+    pick(DATASETS, dataset, "dataset")
+    chosen = make_method(method, {**method_settings(method, model, dataset), **(settings or {})})
+    settings = _plain(chosen.settings())
+    return Cell(kind, model, dataset, method, settings, limit, device, dtype, seed, checkpoint, quantization, sample)
+
+
+@cache
+def fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint folder: small files by content, large ones by name and size."""
+    parts = []
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            size = file.stat().st_size
+            content = sha256(file.read_bytes()).hexdigest() if size <= _HASHED_BYTES else ""
+            parts.append([file.name, size, content])
+    return digest(parts)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON keeps them."""
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,45 @@
+"""Run all experiment notebooks of a profile in order, and say at the end what became of them."""
+
+import time
+from contextlib import suppress
+from typing import Any
+
+from focuslib.errors import UserError
+from focuslib.experiments.notebooks import EXPERIMENTS, execute, parameters
+from focuslib.experiments.paper import planned_cells, results_folder
+from focuslib.experiments.progress import announce
+from focuslib.experiments.store import read_status
+from focuslib.paths import project_root
+
+
+def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | None = None) -> bool:
+    """Run the notebooks, or one; a failing one does not stop the others. Returns whether all cells have a result.
+
+    changes: replace values of every parameter file (see notebooks.execute). Prints one summary.
+    Raises UserError for a mistake in any parameter file, before anything runs.
+    """
+    if only and only not in EXPERIMENTS:
+        raise UserError(f"unknown notebook {only!r}; one of {', '.join(EXPERIMENTS)}")
+    folder = project_root() / "params" / profile
+    has = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").exists()]
+    chosen = [only] if only else has or EXPERIMENTS  # a profile need not have all; one without any is a mistake
+    params = {name: parameters(name, profile, changes) for name in chosen}
+    counts = [len(planned_cells(name, params[name])) for name in chosen]
+    start, lines, whole = time.time(), [], True
+    for number, experiment in enumerate(chosen):
+        announce(sum(counts[:number]), sum(counts), start)
+        began = time.time()
+        try:
+            notebook = execute(experiment, profile, changes)
+            status = read_status(notebook.parent, experiment)
+            what, complete = f"{status['text']}\ntables and figures: {notebook}", status["complete"]
+        except UserError as error:
+            what, complete = f"failed: {error}", False
+            with suppress(OSError):  # what the cells said before the notebook failed
+                status = read_status(results_folder(params[experiment]["profile"]), experiment)
+                what += f"\n{status['text']}" if status["time"] >= began else ""
+        lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
+        whole &= complete
+    headline = "all is there" if whole else "not all is there"
+    print(f"\n{headline}, after {(time.time() - start) / 60:.1f} min", *lines, sep="\n")
+    return whole

@@ -1,0 +1,1 @@
+"""Counts become cycles, bytes and energy on the accelerators of the paper."""

@@ -1,0 +1,178 @@
+"""What one patched forward pass offers a method, and what it leaves: the words that patch and methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from focuslib.errors import UserError
+from focuslib.grid import VisualGrid
+from focuslib.kernels.similarity import ITSELF, ZERO
+from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts
+from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
+
+
+@dataclass
+class PrefillRecord:
+    """What a method did in one prefill.
+
+    retained: visual tokens each layer's MLP sees. kept: layer → positions after a drop there ([k] int64, CPU).
+    counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
+    codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
+    block: which candidates the codes count, as the method that recorded sites said.
+    stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
+    """
+
+    grid: VisualGrid
+    shape: DecoderShape
+    retained: list[int] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    counts: Counts = field(init=False)
+    codes: TraceWriter | None = None
+    block: BlockGeometry = field(default_factory=BlockGeometry)
+    stats: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.counts = Counts(self.grid.length)
+
+    @property
+    def left(self) -> Tensor:
+        """Positions (0 … S − 1) of the visual tokens that are left at the end, ascending."""
+        return list(self.kept.values())[-1] if self.kept else torch.arange(self.grid.length)
+
+
+class Prefill:
+    """One running prefill, as a method's events see it.
+
+    grid: the original geometry of the visual tokens; shape: the decoder's dimensions.
+    present: [P] int64, original positions (0 … S − 1) of the visual tokens still in the sequence, ascending.
+    state: the method's own values for the length of this prefill.
+    """
+
+    def __init__(self, grid: VisualGrid, shape: DecoderShape, length: int, device: torch.device, keep_codes: bool):
+        self.grid = grid
+        self.shape = shape
+        self.kept: Tensor | None = None  # original sequence index of each row still present; None: all of them
+        self.length = length
+        self.present = torch.arange(grid.length, device=device)
+        self.state: dict[str, Any] = {}
+        self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
+
+    @property
+    def visual(self) -> slice:
+        """The rows of the current sequence that hold visual tokens."""
+        return slice(self.grid.start, self.grid.start + len(self.present))
+
+    def drop(self, layer: int, rows: Tensor) -> None:
+        """Go on with these rows of the current sequence only ([k] int64, ascending; every text row among them)."""
+        self.kept = rows if self.kept is None else self.kept[rows]
+        self.length = len(rows)
+        visual = rows[(rows >= self.visual.start) & (rows < self.visual.stop)] - self.visual.start
+        self.present = self.present[visual]
+        self.record.kept[layer] = self.present.cpu()
+
+    def record_site(self, layer: int, site: str, codes: Tensor, block: BlockGeometry | None = None) -> None:
+        """Count, and keep if a trace is recorded, the codes of the present visual tokens at a site ([P, V] uint8).
+
+        block: which candidates the codes count; without it they are ITSELF and ZERO alone.
+        """
+        self.record.block = block or self.record.block
+        absent = self.grid.length - len(self.present)
+        vectors = codes.shape[1]
+        is_zero = codes == ZERO
+        while len(self.record.counts.layers) <= layer:
+            self.record.counts.layers.append({})
+        self.record.counts.layers[layer][site] = SiteCounts(
+            vectors=vectors,
+            zero=int(is_zero.sum()) + absent * vectors,
+            similar=int((~is_zero & (codes != ITSELF)).sum()),
+            empty_tokens=int(is_zero.all(1).sum()) + absent,
+        )
+        if self.record.codes is not None:
+            full = codes.new_full((self.grid.length, vectors), ZERO)
+            full[self.present] = codes
+            self.record.codes.add(layer, site, full)
+
+
+@dataclass
+class Links:
+    """Which token each of the S visual tokens is replaced by or merged into, in methods that work on whole tokens.
+
+    target: [S] int32, the token itself if none. kind: [S] uint8, index into kinds.
+    """
+
+    title: str
+    kinds: tuple[str, ...]
+    target: np.ndarray
+    kind: np.ndarray
+
+
+class Events(Protocol):
+    """What the patch tells, and asks, whoever is installed on a model: the events of a prefill, in their order.
+
+    The batch dimension (always 1) is removed. T: tokens of the current sequence, text and visual. A method implements
+    this (see methods.base.Method, whose events change nothing); so does whatever watches one.
+    """
+
+    name: str
+
+    def begin(self, prefill: Prefill, embeds: Tensor) -> None:
+        """A prefill starts. embeds: [T, D] input embeddings."""
+
+    def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Before a layer: hidden [T, D] → (hidden [T, D], rows to keep [k] int64 ascending, or None for all)."""
+
+    def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
+        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+
+    def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        """In attention, after rotary embedding: queries [H, T, d], keys [H_kv, T, d] → queries [H, T, d]."""
+
+    def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
+        """Whether `on_probabilities` is to be called for this layer (forms the attention matrix, head by head)."""
+
+    def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
+        """One head's softmax attention matrix [T, T] float32 → the matrix to use instead."""
+
+    def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """After the attention residual add, before the MLP: as `before_attention`."""
+
+    def end(self, prefill: Prefill) -> None:
+        """The prefill's last layer is done."""
+
+    def computation_sparsity(self, record: PrefillRecord) -> float:
+        """1 − operations / dense operations of a finished prefill."""
+
+
+@dataclass
+class Run:
+    """What a method did inside a `with` block: one record a prefill, in order."""
+
+    method: Events
+    prefills: list[PrefillRecord] = field(default_factory=list)
+
+    @property
+    def last(self) -> PrefillRecord:
+        """The record of the latest prefill."""
+        if not self.prefills:
+            raise UserError("nothing was run inside the block yet")
+        return self.prefills[-1]
+
+    @property
+    def sparsity(self) -> float:
+        """Computation sparsity of the latest prefill, 0 … 1 (paper, Table II)."""
+        return self.method.computation_sparsity(self.last)
+
+    @property
+    def trace(self) -> Trace:
+        """The latest prefill's trace; the block must have been entered with trace=True."""
+        writer = self.last.codes
+        if writer is None or not writer.records:
+            raise UserError("no trace was recorded; enter the block with trace=True and a method that records sites")
+        block = self.last.block
+        return writer.read(self.last.grid, block.frame_block, block.block, block.max_doublings)
