@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from focuslib.hardware.accelerators import CLOCK_HZ, WORD_BYTES
@@ -63,8 +64,9 @@ class Cost:
     products: list[ProductCost] = field(default_factory=list)
 
     def total(self, name: str) -> float:
-        """The sum of one column of `ProductCost` over all products, in their order."""
-        return sum(getattr(product, name) for product in self.products)
+        """The sum of one column of `ProductCost` over all products; fractions lose nothing by their order."""
+        values = [getattr(product, name) for product in self.products]
+        return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values)
 
     @property
     def cycles(self) -> float:

@@ -65,7 +65,8 @@ def geometric_means(table: pd.DataFrame, of: str = "focus") -> pd.DataFrame:
     for name in table["accelerator"].unique():
         if name == of:
             continue
-        both = pairs[pairs["accelerator"] == name].join(focus, rsuffix="_of", how="inner")
+        both = pairs[pairs["accelerator"] == name]
+        both = both.merge(focus, left_index=True, right_index=True, suffixes=("", "_of"))
         mean = {
             column: np.exp(np.log(both[column] / both[f"{column}_of"]).mean(skipna=False))
             for column in ("execution_time", "total_energy")
