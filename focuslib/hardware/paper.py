@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from focuslib.errors import UserError
 from focuslib.hardware.study import hardware_table
 from focuslib.hardware.tables import FILES
 
-_VIDEOS = ("videomme", "mlvu", "mvbench")
+VIDEOS = ("videomme", "mlvu", "mvbench")
+IMAGES = ("vqav2", "mme", "mmbench")
 
 
 def published_table(folder: str | Path) -> pd.DataFrame:
@@ -35,13 +37,16 @@ def published_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def comparison(published: str | Path) -> pd.DataFrame:
-    """Figure 9's rows: baselines recomputed here, full Focus and the GPU as published, over the nine video cells."""
-    names = ["dense", "adaptiv", "cmc", "focus_sec_only"]
+def comparison(published: str | Path, datasets: Sequence[str] = VIDEOS) -> pd.DataFrame:
+    """Figure 9's rows: baselines recomputed here, full Focus and the GPU as published.
+
+    datasets: VIDEOS, the nine cells of the headline, or IMAGES (Table V; without GPU, CMC and SEC alone).
+    """
+    names = ["dense", "adaptiv", "cmc", "focus_sec_only"] if "videomme" in datasets else ["dense", "adaptiv"]
     theirs = published_table(published)
-    theirs = theirs[~theirs["accelerator"].isin(names)]
+    theirs = theirs[~theirs["accelerator"].isin(["dense", "adaptiv", "cmc", "focus_sec_only"])]
     table = pd.concat([hardware_table(published, names), theirs], ignore_index=True)
-    return table[table["dataset"].isin(_VIDEOS)].reset_index(drop=True)
+    return table[table["dataset"].isin(datasets)].reset_index(drop=True)
 
 
 def speedups(table: pd.DataFrame, baseline: str = "dense") -> pd.DataFrame:
@@ -77,3 +82,16 @@ def geometric_means(table: pd.DataFrame, of: str = "focus") -> pd.DataFrame:
             "Cells": len(both), "Basis": basis,
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def int8_table(published: str | Path) -> pd.DataFrame:
+    """Focus in INT8 beside FP16 (Table IV): cycles and DRAM bytes, both published, and the accuracies."""
+    simulator = Path(published) / "simulator"
+    columns = ["model", "dataset", "total_cycles", "total_dram_access"]
+    both = published_csv(simulator / "main_focus.csv")[columns].merge(
+        published_csv(simulator / "int8_focus.csv")[columns], on=columns[:2], suffixes=("", " INT8")
+    )
+    accuracy = published_csv(Path(published) / "accuracy.csv").rename(columns={"Models": "model", "Dataset": "dataset"})
+    both = both.merge(accuracy[["model", "dataset", "Focus", "INT8_Focus"]], on=["model", "dataset"], how="left")
+    both["more cycles in INT8 (%)"] = 100 * (both["total_cycles INT8"] / both["total_cycles"] - 1)
+    return both.rename(columns={"Focus": "score", "INT8_Focus": "score INT8"}).assign(basis="published")

@@ -113,6 +113,17 @@ def run_hardware(source: str | Path, out: str | Path | None = None, **options) -
     return table
 
 
+def missing_lines(source: str | Path | Iterable[Workload], **options) -> list[str]:
+    """What a source lacks for an accelerator, a line each: its rows are left out of a table of all accelerators."""
+    workloads = read_source(source, **options) if isinstance(source, (str, Path)) else list(source)
+    return [
+        f"{workload.source}: {workload.lack(name)}"
+        for name in ACCELERATORS
+        for workload in workloads
+        if not workload.has(name) and not _image_only(name, workload)
+    ]
+
+
 def product_table(workload: Workload, design: Accelerator = FOCUS, *, corrected: bool = False) -> pd.DataFrame:
     """Where the time goes: one row a layer and product.
 

@@ -60,6 +60,10 @@ class Workload:
             "focus_sec_only": self.trace is not None or self.schedule is not None,
         }[name]
 
+    def lack(self, name: str) -> str:
+        """What an accelerator would need that is not there, and where it comes from."""
+        return _LACKS[name].format(self)
+
 
 def check_counts(counts: Counts, shape: DecoderShape, tokens: int, name: str) -> None:
     """Refuse counts of other layers, tokens or vectors than a decoder and a prompt have. name: of their file."""
@@ -88,7 +92,7 @@ def run(workload: Workload, design: Accelerator, *, corrected: bool = False) -> 
     Raises UserError if the workload lacks what the accelerator needs.
     """
     if not workload.has(design.name):
-        raise UserError(f"{workload.source}: {_LACKS[design.name].format(workload)}")
+        raise UserError(f"{workload.source}: {workload.lack(design.name)}")
     shape, tokens = workload.shape, workload.tokens
     if design.name == DENSE.name:
         return systolic_cost(shape, tokens)
