@@ -36,7 +36,7 @@ def speedup_figure(rows: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), layout="constrained", sharex=True)
     for axis, column in zip(axes, ("speed-up", "energy saving"), strict=True):
         _bars(axis, _with_means(table, column), column, names)
-        axis.set_ylabel(f"{column}, × the dense array")
+        axis.set_ylabel(f"{column} (×)")
     _legend(figure, table, names)
     return figure
 
@@ -47,7 +47,7 @@ def ablation_figure(rows: pd.DataFrame) -> Figure:
     table = speedups(rows[rows["accelerator"].isin(names)])
     figure, axis = plt.subplots(figsize=(11, 2.8), layout="constrained")
     _bars(axis, _with_means(table, "speed-up"), "speed-up", names)
-    axis.set_ylabel("speed-up, × the dense array")
+    axis.set_ylabel("speed-up (×)")
     _legend(figure, table, names)
     return figure
 

@@ -6,19 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
+from focuslib import report_hardware as figures
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.hardware import QWEN2_7B, hardware_table, run_hardware, sample_cost
 from focuslib.hardware.focus import focus_cost
+from focuslib.hardware.reproduction import reproduce_hardware
+from focuslib.hardware.samples import mean_estimate, record_cost
 from focuslib.hardware.shapes import shape_of
 from focuslib.hardware.sources import read_source
 from focuslib.hardware.study import product_table
 from focuslib.hardware.sweeps import published_sweep, sweep_table
 from focuslib.hardware.traces import read_counts
+from focuslib.methods.base import PrefillRecord
 from focuslib.ops import SITES, DecoderShape
 from focuslib.similarity import ITSELF, ZERO, num_vectors
 from focuslib.trace import Trace
@@ -105,6 +110,42 @@ def test_sweeps_need_no_buffer_tables(folder):
     assert swept["dram_energy"].notna().all() and swept["core_energy"].notna().all()
 
 
+def test_a_sweep_is_written_to_its_own_file(folder):
+    run_hardware(folder, folder / "out", accelerators=["focus"], m_tile=[-1, 16], shapes=SHAPES)
+    written = pd.read_csv(folder / "out" / "dse_a_m_tile_size.csv")
+    assert written["m_tile_size"].tolist() == [-1, 16] and "vector_size" not in written
+    run_hardware(folder, folder / "both", accelerators=["focus"], m_tile=[-1, 16], scatter=[1, 2], shapes=SHAPES)
+    assert list(pd.read_csv(folder / "both" / "main_focus.csv"))[-2:] == ["m_tile_size", "num_scatter"]
+
+
+def test_the_corrected_bytes_stand_beside(folder):
+    published, corrected = (table(folder, ["focus", "dense"], corrected=value) for value in (False, True))
+    assert (
+        published["corrected_dram_access"][0] == corrected["total_dram_access"][0] > published["total_dram_access"][0]
+    )
+    assert published["total_dram_access"][1] == corrected["total_dram_access"][1]
+
+
+def test_the_study_in_one_call(folder):
+    done = reproduce_hardware(folder, PUBLISHED, shapes=SHAPES)
+    assert not done.missing and set(done.ours["basis"]) == {"ours"}
+    assert set(done.all_rows()["basis"]) == {"ours", "published", "recomputed here"}
+    assert (folder / "hardware" / "main_focus.csv").is_file()
+    rows = done.all_rows()
+    for draw in (figures.speedup_figure, figures.ablation_figure, figures.traffic_figure):
+        plt.close(draw(rows))
+    for draw in (figures.utilisation_figure, figures.time_figure, figures.roofline_figure):
+        plt.close(draw(done.products))
+    assert "0.4 to 18.8 %" in figures.defect_text(done.defect) and "this profile" in figures.defect_text(done.defect)
+    shutil.rmtree(folder / "focus_main")
+    done = reproduce_hardware(folder, PUBLISHED, shapes=SHAPES)
+    assert [line.split(" left out")[0] for line in done.missing] == ["focus", "focus_sec_only"]
+    assert figures.time_figure(done.products) is None
+    plt.close(figures.speedup_figure(done.all_rows()))
+    done = reproduce_hardware(folder / "none", PUBLISHED)
+    assert done.ours.empty and "no meta_data.csv" in done.missing[0]
+
+
 def test_sweep_folder(folder):
     assert sweep_table(folder, "m_tile_size").empty
     settings = [
@@ -154,9 +195,9 @@ BAD = [
     (lambda f: change(f / "cmc_sparsity.csv", "query_sparsity", 1.2), None, "not in 0 … 1"),
     (lambda f: change(f / "adaptiv_sparsity.csv", "Sparsity", None), None, "not in 0 … 1"),
     (lambda f: (f / "adaptiv_sparsity.csv").write_text("Model,Dataset\n"), None, "no column Sparsity"),
-    (lambda f: (f / "adaptiv_sparsity.csv").unlink(), ["adaptiv"], "no row of small × clips"),
-    (lambda f: (f / "cmc_sparsity.csv").unlink(), ["cmc"], "cmc_sparsity.csv has no row"),
-    (lambda f: shutil.rmtree(f / "focus_main"), ["focus"], "no trace of small × clips"),
+    (lambda f: (f / "adaptiv_sparsity.csv").unlink(), ["adaptiv"], "small × clips: no row in adaptiv_sparsity.csv"),
+    (lambda f: (f / "cmc_sparsity.csv").unlink(), ["cmc"], "no row in cmc_sparsity.csv"),
+    (lambda f: shutil.rmtree(f / "focus_main"), ["focus"], "small × clips: no trace"),
     (lambda f: shutil.rmtree(f / "focus_main"), ["focus_sec_only"], "neither a trace nor a schedule"),
     (lambda f: None, ["focuss"], "did you mean focus"),
     (lambda f: (f / "focus_main" / "small_clips.pth").write_bytes(b"PK"), None, "not the .pth of a trace"),
@@ -262,6 +303,13 @@ def test_a_question_costs_what_its_trace_does():
     merged = sample | {"stats": {"share_0": 0.25}}
     cost, design = sample_cost("framefusion", merged, QWEN2_7B)
     assert design.name == "dense" and cost.products[0].operations == 2184 * 3584**2
+    seconds, joules = mean_estimate("focus", [sample, sample], QWEN2_7B)
+    focus = pd.read_csv(GOLDEN / "main_focus.csv").iloc[0]
+    assert (seconds, joules) == pytest.approx((focus["execution_time"], focus["total_energy"]), rel=1e-9)
+    record = PrefillRecord(VisualGrid(0, tokens, 16, 13, 14, 182, 14), QWEN2_7B, retained=sample["retained"])
+    assert record_cost("framefusion", record)[1].name == "dense"
+    record.counts = counts
+    assert record_cost("focus", record)[0].seconds == focus["execution_time"]
     with pytest.raises(UserError, match="cmc: its result has no linear_sparsity"):
         sample_cost("cmc", sample, QWEN2_7B)
 

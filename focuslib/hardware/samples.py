@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from statistics import fmean
 from typing import Any
 
 from focuslib.errors import UserError
 from focuslib.hardware.accelerators import ADAPTIV, CMC, DENSE, FOCUS, PUBLISHED_VECTOR, Accelerator
 from focuslib.hardware.baselines import adaptiv_cost, cmc_cost, systolic_cost
 from focuslib.hardware.cost import Cost
+from focuslib.hardware.energy import energy
 from focuslib.hardware.focus import focus_cost
+from focuslib.methods.base import PrefillRecord
 from focuslib.ops import SITES, Counts, DecoderShape, SiteCounts
 from focuslib.similarity import num_vectors
 
@@ -52,6 +56,33 @@ def sample_cost(
         return systolic_cost(shape, tokens, retained, first), DENSE
     except KeyError as error:
         raise UserError(f"{method}: its result has no {error.args[0]}, as cycles need; run its cell again") from error
+
+
+def record_cost(method: str, record: PrefillRecord) -> tuple[Cost, Accelerator]:
+    """What one prefill costs, from its record; see `sample_cost`. Focus's counts are taken as they are."""
+    if record.counts.layers:
+        return focus_cost(record.shape, record.counts), FOCUS
+    sample = {
+        "visual_tokens": record.grid.length,
+        "num_frames": record.grid.num_frames,
+        "retained": record.retained,
+        "stats": record.stats,
+    }
+    return sample_cost(method, sample, record.shape)
+
+
+def mean_estimate(
+    method: str, samples: Iterable[dict[str, Any]], shape: DecoderShape, vector_size: int = PUBLISHED_VECTOR
+) -> tuple[float, float]:
+    """Mean time in seconds and energy in mJ of a run's answered questions; see `sample_cost`. nan without any."""
+    figures = []
+    for sample in samples:
+        cost, design = sample_cost(method, sample, shape, vector_size)
+        figures.append((cost.seconds, energy(cost, design).total))
+    if not figures:
+        return float("nan"), float("nan")
+    seconds, joules = zip(*figures, strict=True)
+    return fmean(seconds), fmean(joules)
 
 
 def _sample_counts(

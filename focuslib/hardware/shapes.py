@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from focuslib.errors import UserError
 from focuslib.ops import DecoderShape
 
@@ -35,9 +38,6 @@ def _config_file(checkpoint: str | Path) -> Path:
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return path / "config.json"
-    from huggingface_hub import try_to_load_from_cache  # only where a hub id is given
-    from huggingface_hub.errors import HFValidationError
-
     try:
         cached = try_to_load_from_cache(str(checkpoint), "config.json")
     except HFValidationError:

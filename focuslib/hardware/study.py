@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -13,7 +14,7 @@ from focuslib.hardware.accelerators import ACCELERATORS, FOCUS, SEC_ONLY, Accele
 from focuslib.hardware.energy import breakdown_table
 from focuslib.hardware.sources import is_image, read_source
 from focuslib.hardware.tables import simulator_row, write_simulator_csvs
-from focuslib.hardware.workload import Workload, run
+from focuslib.hardware.workload import LACKS, Workload, run
 from focuslib.ops import DecoderShape
 
 Sizes = int | Sequence[int] | None
@@ -42,7 +43,8 @@ def hardware_table(
         Design points of Focus, one or several (all combinations); None: as published. Counts stay those of the trace;
         buffers at other sizes are not modelled, so their energy is left out (nan).
     corrected
-        Without the published defect of attention's DRAM bytes (see focus).
+        Without the published defect of attention's DRAM bytes (see focus). Those bytes are always in the column
+        corrected_dram_access too.
     model, shapes
         See `sources.read_source`.
 
@@ -68,10 +70,17 @@ def hardware_table(
         if {FOCUS.name, SEC_ONLY.name} & set(here):
             workload = workload.with_counts()
         for name in here:
-            rows += [simulator_row(workload, d, run(workload, d, corrected=corrected)) for d in designs[name]]
+            rows += [_row(workload, design, corrected) for design in designs[name]]
     if not rows:
         raise UserError(f"{source}: nothing to compute for {', '.join(names)}; give a folder with meta_data.csv")
     return pd.DataFrame(rows)
+
+
+def _row(workload: Workload, design: Accelerator, corrected: bool) -> dict[str, Any]:
+    row = simulator_row(workload, design, run(workload, design, corrected=corrected))
+    if design.name in (FOCUS.name, SEC_ONLY.name):
+        row["corrected_dram_access"] = run(workload, design, corrected=True).total("dram")
+    return row
 
 
 def _image_only(name: str, workload: Workload) -> bool:
@@ -114,14 +123,14 @@ def run_hardware(source: str | Path, out: str | Path | None = None, **options) -
 
 
 def missing_lines(source: str | Path | Iterable[Workload], **options) -> list[str]:
-    """What a source lacks for an accelerator, a line each: its rows are left out of a table of all accelerators."""
+    """What a table of all accelerators leaves out and why, a line an accelerator."""
     workloads = read_source(source, **options) if isinstance(source, (str, Path)) else list(source)
-    return [
-        f"{workload.source}: {workload.lack(name)}"
-        for name in ACCELERATORS
-        for workload in workloads
-        if not workload.has(name) and not _image_only(name, workload)
-    ]
+    lines = []
+    for name in ACCELERATORS:
+        without = [str(w) for w in workloads if not w.has(name) and not _image_only(name, w)]
+        if without:
+            lines.append(f"{name} left out for {', '.join(without)}: {LACKS[name]}")
+    return lines
 
 
 def product_table(workload: Workload, design: Accelerator = FOCUS, *, corrected: bool = False) -> pd.DataFrame:

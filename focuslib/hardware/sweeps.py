@@ -27,8 +27,10 @@ def sweep_table(folder: str | Path, sweep: str, shapes: Mapping[str, DecoderShap
     accuracy_file = folder / pick(_SWEEPS, sweep, "sweep")
     if not accuracy_file.is_file():
         return pd.DataFrame()
-    rows = []
-    for settings in pd.read_csv(accuracy_file, dtype={"block_size": str}).to_dict("records"):
+    rows, points = [], pd.read_csv(accuracy_file, dtype={"block_size": str})
+    # the table does not say whose accuracy a row is: with several models it is of none
+    points.loc[points.duplicated(sweep, keep=False), "accuracy"] = float("nan")
+    for settings in points.drop_duplicates(sweep).to_dict("records"):
         value = str(settings[sweep])
         for path in sorted((folder / f"{sweep}_dse").glob(f"*_{value}.pth")):
             workload = _sweep_workload(path, value, shapes or {})

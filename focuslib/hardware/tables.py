@@ -25,6 +25,7 @@ FILES = {
     "focus": "main_focus.csv",
     "focus_sec_only": "main_focus_SEC_only.csv",
 }
+_SWEEP_FILES = {"m_tile_size": "dse_a_m_tile_size.csv", "num_scatter": "dse_d_num_scatter_accumulator.csv"}
 BUFFER_NOTE = (
     "buffers of another size than the published one need CACTI, which is not part of this: "
     "their sram_energy, and so total_energy, is left out"
@@ -70,22 +71,34 @@ def simulator_row(workload: Workload, design: Accelerator, cost: Cost) -> dict[s
 def write_simulator_csvs(table: pd.DataFrame, folder: str | Path, breakdown: pd.DataFrame | None = None) -> list[Path]:
     """Write main_<accelerator>.csv with the simulator's names, columns and forms; returns the files.
 
+    A sweep of one size goes to the simulator's file of that sweep; several sizes are columns of main_focus.csv.
     table: of study.hardware_table. breakdown: also write detailed_power_area_breakdown.csv (energy.breakdown_table).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for accelerator, rows in table.groupby("accelerator", sort=False):
-        rows = rows[list(COLUMNS)].copy()
+        path, extra = FILES[accelerator], []
+        if accelerator in (FOCUS.name, SEC_ONLY.name):
+            path, extra = _sweep_file(path, rows)
+        rows = rows[[*COLUMNS, *extra]].copy()
         if accelerator in (FOCUS.name, SEC_ONLY.name):
             rows["accelerator"] = "focus"  # the file's name tells SEC alone
             rows["total_compression_ratio"] = rows["total_compression_ratio"].map("tensor({:.4f})".format)
         else:
             rows = rows.drop(columns="total_compression_ratio")
-        written.append(write_csv(rows, folder / FILES[accelerator]))
+        written.append(write_csv(rows, folder / path))
     if breakdown is not None:
         written.append(write_csv(breakdown, folder / "detailed_power_area_breakdown.csv"))
     return written
+
+
+def _sweep_file(path: str, rows: pd.DataFrame) -> tuple[str, list[str]]:
+    """The file of Focus's rows, and the columns that tell its design points apart."""
+    varied = [name for name in ("m_tile_size", "vector_size", "num_scatter") if rows[name].nunique() > 1]
+    if len(varied) == 1 and path == FILES[FOCUS.name]:
+        path = _SWEEP_FILES.get(varied[0], path)
+    return path, varied
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:

@@ -15,6 +15,14 @@ from focuslib.hardware.focus import focus_cost, schedule_counts
 from focuslib.hardware.traces import read_counts
 from focuslib.ops import SITES, Counts, DecoderShape
 
+# What an accelerator needs that may not be there, and where it comes from.
+LACKS = {
+    "adaptiv": "no row in adaptiv_sparsity.csv; run the baselines",
+    "cmc": "no row in cmc_sparsity.csv, or frames unknown; run the baselines",
+    "focus": "no trace (focus_main/*.pth or cells/*.trace); run the main experiment",
+    "focus_sec_only": "neither a trace nor a schedule; run the main experiment",
+}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -60,10 +68,6 @@ class Workload:
             "focus_sec_only": self.trace is not None or self.schedule is not None,
         }[name]
 
-    def lack(self, name: str) -> str:
-        """What an accelerator would need that is not there, and where it comes from."""
-        return _LACKS[name].format(self)
-
 
 def check_counts(counts: Counts, shape: DecoderShape, tokens: int, name: str) -> None:
     """Refuse counts of other layers, tokens or vectors than a decoder and a prompt have. name: of their file."""
@@ -92,7 +96,7 @@ def run(workload: Workload, design: Accelerator, *, corrected: bool = False) -> 
     Raises UserError if the workload lacks what the accelerator needs.
     """
     if not workload.has(design.name):
-        raise UserError(f"{workload.source}: {workload.lack(design.name)}")
+        raise UserError(f"{workload.source}: {workload}: {LACKS[design.name]}, or leave {design.name} out")
     shape, tokens = workload.shape, workload.tokens
     if design.name == DENSE.name:
         return systolic_cost(shape, tokens)
@@ -104,11 +108,3 @@ def run(workload: Workload, design: Accelerator, *, corrected: bool = False) -> 
     if counts is None:
         counts = schedule_counts(shape, tokens, *workload.schedule)
     return focus_cost(shape, counts, design, corrected=corrected)
-
-
-_LACKS = {
-    "adaptiv": "adaptiv_sparsity.csv has no row of {0}; run the baselines, or leave adaptiv out",
-    "cmc": "cmc_sparsity.csv has no row of {0} (or its frames are unknown); run the baselines, or leave cmc out",
-    "focus": "no trace of {0} (focus_main/*.pth or cells/*.trace); run the main experiment, or leave focus out",
-    "focus_sec_only": "neither a trace nor a schedule of {0}; run the main experiment, or leave focus_sec_only out",
-}
