@@ -163,8 +163,8 @@ def speed_table(rows: pd.DataFrame) -> pd.DataFrame:
     gains = speedups(rows)
     return pd.DataFrame({
         "Model": rows["model"], "Dataset": rows["dataset"], "Accelerator": rows["accelerator"].map(LABELS),
-        "Time (s)": rows["execution_time"], "Speed-up": gains["speed-up"], "Energy (mJ)": rows["total_energy"],
-        "Energy saving": gains["energy saving"], "DRAM (GB)": rows["total_dram_access"] / 1e9, "Basis": rows["basis"],
+        "Time (ms)": 1000 * rows["execution_time"], "Speed-up": gains["speed-up"], "Energy (mJ)": rows["total_energy"],
+        "Energy saving": gains["energy saving"], "DRAM (MB)": rows["total_dram_access"] / 1e6, "Basis": rows["basis"],
     })  # fmt: skip
 
 

@@ -258,6 +258,25 @@ def test_a_trace_of_another_decoder(folder):
         table(folder, m_tile=0)
 
 
+def test_bad_counts_and_schedules(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "case")
+    path = tmp_path / "case" / "counts.json"
+    content = json.loads(path.read_text())
+    content["layers"][3].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="layer 3 has no counts of down_proj"):
+        hardware_table(tmp_path / "case")
+    path.write_text("{")
+    with pytest.raises(UserError, match="no counts of a trace"):
+        hardware_table(tmp_path / "case")
+    shutil.copytree(PUBLISHED, tmp_path / "published")
+    change(tmp_path / "published" / "focus_settings.csv", "alpha_list", "many")
+    with pytest.raises(UserError, match="write \\[2, 5\\]"):
+        hardware_table(tmp_path / "published")
+    with pytest.raises(UserError, match="the decoder has 3"):
+        sample_cost("framefusion", {"visual_tokens": 9, "retained": [9]}, SHAPE)
+
+
 def test_images_have_no_cmc():
     found = hardware_table(PUBLISHED, ["dense", "cmc"])
     assert len(found[found["accelerator"] == "cmc"]) == 9 and len(found) == 24

@@ -85,13 +85,20 @@ def geometric_means(table: pd.DataFrame, of: str = "focus") -> pd.DataFrame:
 
 
 def int8_table(published: str | Path) -> pd.DataFrame:
-    """Focus in INT8 beside FP16 (Table IV): cycles and DRAM bytes, both published, and the accuracies."""
+    """Focus in INT8 beside FP16 (Table IV): cycles, DRAM bytes and accuracies, all published."""
     simulator = Path(published) / "simulator"
     columns = ["model", "dataset", "total_cycles", "total_dram_access"]
     both = published_csv(simulator / "main_focus.csv")[columns].merge(
         published_csv(simulator / "int8_focus.csv")[columns], on=columns[:2], suffixes=("", " INT8")
     )
     accuracy = published_csv(Path(published) / "accuracy.csv").rename(columns={"Models": "model", "Dataset": "dataset"})
-    both = both.merge(accuracy[["model", "dataset", "Focus", "INT8_Focus"]], on=["model", "dataset"], how="left")
-    both["more cycles in INT8 (%)"] = 100 * (both["total_cycles INT8"] / both["total_cycles"] - 1)
-    return both.rename(columns={"Focus": "score", "INT8_Focus": "score INT8"}).assign(basis="published")
+    both = both.merge(accuracy, on=["model", "dataset"], how="left")
+    cycles, cycles_int8 = both["total_cycles"], both["total_cycles INT8"]
+    return pd.DataFrame({
+        "Model": both["model"], "Dataset": both["dataset"],
+        "Score": both["Focus"], "Score INT8": both["INT8_Focus"],
+        "Cycles (billion)": cycles / 1e9, "Cycles INT8 (billion)": cycles_int8 / 1e9,
+        "More cycles (%)": 100 * (cycles_int8 / cycles - 1),
+        "DRAM (GB)": both["total_dram_access"] / 1e9, "DRAM INT8 (GB)": both["total_dram_access INT8"] / 1e9,
+        "Basis": "published",
+    })  # fmt: skip

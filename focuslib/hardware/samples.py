@@ -43,6 +43,8 @@ def sample_cost(
     """
     try:
         tokens, stats = sample["visual_tokens"], sample.get("stats") or {}
+        if len(sample["retained"]) != shape.layers:
+            raise UserError(f"{method}: a result of {len(sample['retained'])} layers; the decoder has {shape.layers}")
         if method == "focus":
             counts = _sample_counts(sample["site_sparsity"], sample["retained"], tokens, shape, vector_size)
             return focus_cost(shape, counts), FOCUS

@@ -76,7 +76,7 @@ def _folder(folder: Path, shapes: Mapping[str, DecoderShape]) -> list[Workload]:
     schedules, native = _schedules(folder / "focus_settings.csv"), _native_traces(folder)
     workloads = []
     for row in meta.to_dict("records"):
-        pair = (row["Model"], row["Dataset"])
+        pair = (str(row["Model"]), str(row["Dataset"]))
         tokens, frames = (_positive(row[name], folder / "meta_data.csv", pair) for name in _META[2:])
         cell = native.get(pair, {})
         workloads.append(
@@ -125,8 +125,8 @@ def _native_traces(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     for index in (folder / "cells" / f"{name}.index" for name in ("main", "image")):
         for name in json.loads(index.read_text())["cells"] if index.is_file() else []:
             result = folder / "cells" / name
-            if name.startswith("trace_") and result.is_file():
-                content = json.loads(result.read_text())
+            content = json.loads(result.read_text()) if name.startswith("trace_") and result.is_file() else {}
+            if content.get("trace"):
                 cell = content["cell"]
                 found[cell["model"], cell["dataset"]] = {**cell, "path": result.with_name(content["trace"])}
     return found
@@ -145,10 +145,15 @@ def _schedules(path: Path) -> dict[tuple[str, str], tuple[list[int], list[float]
     table = _read_csv(path, ("model", "dataset", "selected_layers", "alpha_list"))
     if table is None:
         return {}
-    return {
-        (row["model"], row["dataset"]): (json.loads(row["selected_layers"]), json.loads(row["alpha_list"]))
-        for row in table.to_dict("records")
-    }
+    try:
+        return {
+            (row["model"], row["dataset"]): (json.loads(row["selected_layers"]), json.loads(row["alpha_list"]))
+            for row in table.to_dict("records")
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: a list of layers or shares is unreadable ({error}); write [2, 5] or [0.4, 0.3]"
+        ) from error
 
 
 def _sparsities(path: Path, columns: tuple[str, ...]) -> dict[tuple[str, str], tuple[float, ...]] | None:
@@ -168,7 +173,7 @@ def _positive(value: Any, path: Path, pair: tuple[str, str]) -> int:
     try:
         if int(value) == value and value > 0:
             return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{path}: {value!r} of {pair[0]} × {pair[1]} is not a positive whole number; run it again")
 

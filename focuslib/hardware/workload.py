@@ -77,6 +77,9 @@ def check_counts(counts: Counts, shape: DecoderShape, tokens: int, name: str) ->
         raise UserError(
             f"{name}: {counts.tokens} visual tokens, but meta_data.csv says {tokens}; write both by the same run"
         )
+    for layer, sites in enumerate(counts.layers):
+        if missing := [site for site in SITES if site not in sites]:
+            raise UserError(f"{name}: layer {layer} has no counts of {missing[0]}; record the trace of Focus anew")
     low, high = 1, math.inf  # the sizes that a vector can have, for every site at once
     for site in SITES:
         vectors, channels = counts.layers[0][site].vectors, shape.site_channels(site)
