@@ -1,0 +1,63 @@
+"""MkDocs hooks: notebooks become pages where they lie, and the settings that pages name are checked against the code."""
+
+import ast
+import logging
+import re
+from pathlib import Path
+
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+log = logging.getLogger("mkdocs.hooks.focuslib")
+ROOT = Path(__file__).parent.parent
+EXECUTED = "results/expected/laptop"
+TITLES = {
+    "main": "Focus against dense",
+    "baselines": "Five methods",
+    "dse": "Design space",
+    "int8": "INT8",
+    "image": "Images",
+    "hardware": "Hardware",
+}
+# page, which is also the notebook's path in the repository → title; those that are not there are left out
+PAGES = {f"{EXECUTED}/{name}.ipynb": title for name, title in TITLES.items()}
+PAGES = {page: title for page, title in PAGES.items() if (ROOT / page).is_file()}
+
+
+def on_config(config):
+    """Put the executed notebooks into the navigation."""
+    results = next(part["Results"] for part in config.nav if "Results" in part)
+    results += [{title: page} for page, title in PAGES.items()]
+    return config
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files, config):
+    """Add the notebooks to the site's files."""
+    for page in (*PAGES, "notebooks/extend.ipynb"):
+        files.append(File(page, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """List the executed notebooks, and warn (an error under --strict) of settings that are not the code's."""
+    name = page.file.src_uri
+    if match := re.fullmatch(r"methods/(focus|cmc|adaptiv|framefusion)\.md", name):
+        written = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", markdown, re.MULTILINE))
+        if written != (known := settings(match[1])):
+            differing = sorted(key for key in written | known if written.get(key) != known.get(key))
+            log.warning("%s: the settings %s are not those of focuslib/%s", name, ", ".join(differing), name)
+    links = "\n".join(f"- [{title}](expected/laptop/{Path(path).name})" for path, title in PAGES.items())
+    return markdown.replace("{{ notebooks }}", links)
+
+
+def settings(method):
+    """A method's settings and their defaults as Python writes them, from its source."""
+    tree = ast.parse((ROOT / "focuslib" / "methods" / f"{method}.py").read_text())
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    (chosen,) = (node for node in classes if any(ast.unparse(base) == "Method" for base in node.bases))
+    return {
+        node.target.id: ast.unparse(node.value)
+        for node in chosen.body
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
+    }
