@@ -39,6 +39,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tag == "style" and (match := IN_STYLE.search(data)):
             self.loads.append(data[match.start() : match.start() + 80])
+        if self.tag == "script" and "addWidgetsRenderer" in data:
+            self.loads.append("https://unpkg.com (Jupyter widgets)")
 
 
 def check(site: Path) -> tuple[list[str], str]:
@@ -47,7 +49,9 @@ def check(site: Path) -> tuple[list[str], str]:
     faults, internal = [], 0
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
-        faults += [f"{name}: loads {address}" for address in page.loads if re.search(r"^(https?:)?//|[(' \"]//", address)]
+        faults += [
+            f"{name}: loads {address}" for address in page.loads if re.search(r"^(https?:)?//|[(' \"]//", address)
+        ]
         faults += [f"{name}: loads {address}" for address in page.loads if "http" in address[:20]]
         if name.name == "404.html":  # its addresses are from the server's root
             continue

@@ -40,7 +40,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """List the executed notebooks, and warn (an error under --strict) of settings that are not the code's."""
+    """Fill in what pages leave to the tree: the executed notebooks, and a room's modules.
+
+    Warns (an error under --strict) where a method's page names settings that are not the code's.
+    """
     name = page.file.src_uri
     if match := re.fullmatch(r"methods/(focus|cmc|adaptiv|framefusion)\.md", name):
         written = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", markdown, re.MULTILINE))
@@ -48,7 +51,25 @@ def on_page_markdown(markdown, page, config, files):
             differing = sorted(key for key in written | known if written.get(key) != known.get(key))
             log.warning("%s: the settings %s are not those of focuslib/%s", name, ", ".join(differing), name)
     links = "\n".join(f"- [{title}](expected/laptop/{Path(path).name})" for path, title in PAGES.items())
-    return markdown.replace("{{ notebooks }}", links)
+    markdown = markdown.replace("{{ notebooks }}", links)
+    return re.sub(r"\{\{ room (\w+) \}\}", lambda match: room(match[1]), markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Take widgets (progress bars) out of notebooks: they would load scripts from the network. Their tables are wide."""
+    if page.file.src_uri.endswith(".ipynb"):
+        page.meta["hide"] = ["toc"]
+        html = re.sub(r'<script type="application/vnd\.jupyter\.widget-.*?</script>', "", html, flags=re.DOTALL)
+        return re.sub(r"<script>(?:(?!</script>).)*addWidgetsRenderer.*?</script>", "", html, flags=re.DOTALL)
+    return html
+
+
+def room(name):
+    """The reference of a room: what its package says, then each module."""
+    folder = ROOT / "focuslib" / name
+    summary = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return "\n\n".join([summary.partition("\n\n")[0], *(f"::: focuslib.{name}.{module}" for module in modules)])
 
 
 def settings(method):
