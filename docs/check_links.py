@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 # Tags whose address a browser fetches by itself; links in texts may lead outside.
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 HARMLESS = ("canonical", "prev", "next", "alternate", "edit")  # relations of <link> that fetch nothing
+OUTSIDE = re.compile(r"""^(https?:)?//|['"( ](https?:)?//""")
 IN_STYLE = re.compile(r"""(?:url\(\s*|@import\s+)['"]?(https?:)?//""")
 
 

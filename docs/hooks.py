@@ -1,4 +1,4 @@
-"""MkDocs hooks: notebooks become pages where they lie, and the settings that pages name are checked against the code."""
+"""MkDocs hooks: notebooks become pages where they lie, and pages are held to what the code says."""
 
 import ast
 import logging
@@ -56,7 +56,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Take widgets (progress bars) out of notebooks: they would load scripts from the network. Their tables are wide."""
+    """Take widgets, which load scripts from the network, out of notebooks, and leave room for their wide tables."""
     if page.file.src_uri.endswith(".ipynb"):
         page.meta["hide"] = ["toc"]
         html = re.sub(r'<script type="application/vnd\.jupyter\.widget-.*?</script>', "", html, flags=re.DOTALL)
