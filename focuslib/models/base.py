@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,11 +51,11 @@ class VLM:
     name: ClassVar[str]
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
-    generation: ClassVar[dict[str, Any]] = {}
+    generation: Mapping[str, Any] = MappingProxyType({})
     unquantized: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
-        self.model = model.eval()
+        self.model: Any = model.eval()  # whose attributes are its family's
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.grid: VisualGrid | None = None
@@ -137,9 +139,17 @@ class VLM:
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a piece of the prompt, no special tokens added."""
+        return self.needed_tokenizer()(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of new token ids [N]."""
+        return str(self.needed_tokenizer().decode(ids, skip_special_tokens=True)).strip()
+
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises UserError if the checkpoint has none."""
         if self.tokenizer is None:
             raise UserError("the checkpoint has no tokenizer files; add them to its folder")
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer
 
     def inputs_from_embeds(self, embeds: Tensor, grid: VisualGrid | None) -> Inputs:
         """Inputs of ready-made embeddings [T, D]."""
@@ -163,5 +173,4 @@ class VLM:
 
     def generate(self, media: Media | None, prompt: str, max_new_tokens: int = 16, **generation: Any) -> str:
         """Answer a prompt about a video or an image (see Media)."""
-        ids = self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self.decode(self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation))

@@ -106,7 +106,8 @@ def load_model(
     if quantization is not None and device_map is None:
         device_map = {"": device}
     with _no_load_report():
-        model, info = architecture.model_class.from_pretrained(
+        load: Any = architecture.model_class.from_pretrained  # which returns a pair when asked for its loading info
+        model, info = load(
             folder,
             config=architecture.config,
             key_mapping=architecture.key_mapping,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from PIL import Image, ImageFile, ImageOps
 
 from focuslib.errors import UserError
@@ -139,9 +141,12 @@ class _Packets:
     seekable: bool
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The stream that holds the film, not a cover picture."""
-    return container.streams.best("video")
+def _video_stream(container: InputContainer) -> av.VideoStream:
+    """The stream that holds the film, not a cover picture. Raises UserError if there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise UserError(f"{container.name}: has no video stream")
+    return stream
 
 
 def _list_packets(path: Path) -> _Packets:
@@ -150,8 +155,6 @@ def _list_packets(path: Path) -> _Packets:
     count = without_time = cut = 0
     with av.open(str(path)) as container:
         stream = _video_stream(container)
-        if stream is None:
-            raise UserError(f"{path}: has no video stream")
         announced, fps = stream.frames, float(stream.average_rate or stream.guessed_rate or 1)
         for packet in container.demux(stream):
             if packet.dts is None and packet.size == 0:  # the flush packet at the end
@@ -231,7 +234,7 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (av.FFmpegError, ValueError, OSError, EOFError) as error:
+    except (FFmpegError, ValueError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a readable video ({_one_line(error)})") from error
 
 

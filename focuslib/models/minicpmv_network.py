@@ -4,7 +4,7 @@ Parameter names are the checkpoint's own (vpm., resampler., llm.): it loads with
 """
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     """query_num: visual tokens a slice (64). The rest are the configurations of the two towers."""
 
     model_type = "focuslib_minicpmv"
-    sub_configs = {"text_config": Qwen2Config, "vision_config": Idefics2VisionConfig}  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"text_config": Qwen2Config, "vision_config": Idefics2VisionConfig}
 
     text_config: Qwen2Config | None = None
     vision_config: Idefics2VisionConfig | None = None
@@ -42,7 +42,8 @@ class Embeddings(Idefics2VisionEmbeddings):
         """
         side = self.num_patches_per_side
         boundaries = torch.arange(1 / side, 1.0, 1 / side, device="cpu")
-        fractions = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count, device="cpu"), device="cpu")
+        step: Any = 1 / torch.tensor(count, device="cpu")  # a tensor, as the original has it: it rounds to float32
+        fractions = torch.arange(0, 1 - 1e-6, step, device="cpu")
         return torch.bucketize(fractions, boundaries, right=True)
 
 
@@ -53,7 +54,8 @@ class VisionTower(nn.Module):
         super().__init__()
         config._attn_implementation = "sdpa"  # the encoder reads it; only a whole stock model would set it
         self.embeddings = Embeddings(config)
-        self.encoder = Idefics2Encoder(config)
+        whole: Any = config  # the stock encoder is annotated with the whole model's configuration
+        self.encoder = Idefics2Encoder(whole)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -108,10 +110,11 @@ class MiniCPMVModel(PreTrainedModel):
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
-        text, vision = config.text_config, config.vision_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
         self.vpm = VisionTower(vision)
         self.resampler = Resampler(config.query_num, text.hidden_size, vision.hidden_size)
-        self.llm = Qwen2ForCausalLM(text)
+        self.llm: Any = Qwen2ForCausalLM(text)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
