@@ -1,6 +1,6 @@
 """All five experiments on two questions of the untrained model: every file and column of the simulator's contract."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import nbformat
 import pandas as pd
@@ -167,14 +167,21 @@ def test_quantised_modules_are_8_bit(done):
     cells = [result.cell for result in outcomes["int8"].results]
     plain, quantised = (next(c for c in cells if c.quantization == precision) for precision in (None, "int8"))
     assert plain.name() != quantised.name()
-    table = report_int8.precision_table(outcomes["int8"].results)
-    table = table[table["Part"] == "language model"].reset_index(drop=True)
+    whole = report_int8.precision_table(outcomes["int8"].results)
+    table = whole[whole["Part"] == "language model"].reset_index(drop=True)
     assert list(table["in 8 bit"]) == [0, 56] and list(table["weight type"]) == ["float32", "int8"]
     assert table["weights (MiB)"][1] * 4 == table["weights (MiB)"][0]
+    in_8_bit = whole[whole["Precision"] == "int8"].set_index("Part")
+    assert set(in_8_bit.index) == {"language model", "vision_tower", "multi_modal_projector", "output head"}
+    all_but_the_head = in_8_bit.drop("output head")  # published: load_in_8bit without exceptions
+    assert (all_but_the_head["in 8 bit"] == all_but_the_head["linear layers"]).all()
+    assert in_8_bit.loc["output head", "weight type"] == "float32"
     vlm = load_cell(quantised)
     assert linear_layers(vlm.model)["language model"]["in 8 bit"] == 56
     assert vlm.model.lm_head.weight.dtype == torch.float32
-    assert not any(p.dtype == torch.int8 for p in vlm.model.model.vision_tower.parameters())
+    alone = load_cell(replace(quantised, quantization="int8_llm"))
+    assert not any(p.dtype == torch.int8 for p in alone.model.model.vision_tower.parameters())
+    assert linear_layers(alone.model)["language model"]["in 8 bit"] == 56
     media, prompt = question("tinyvideo_motion", vlm.name, 0)
     with Focus(selected_layers=(2,), retention=(0.5,), vector_size=16, m_tile=64)(vlm, trace=True) as run:
         vlm.prefill(vlm.prepare(media, prompt))

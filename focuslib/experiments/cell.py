@@ -30,7 +30,7 @@ class Cell:
         of the method switched off; "sparsity" asks only the first questions, "trace" does too and keeps the median
         sample's trace; "cost" measures a prefill of one question, and "view" keeps what a view of one shows.
     settings: every hyper-parameter of the method. limit: questions a task, None for all.
-    checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8" or None.
+    checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8", "int8_llm" or None.
     sample: keep this sample's trace (its place among the samples) instead of the median's.
     """
 

@@ -189,7 +189,7 @@ class _Costs:
 
     def __call__(self, cell: Cell) -> float | None:
         """Hours of a cell's questions; None: not published."""
-        key, hours = (cell.model, cell.dataset), self.hours[cell.quantization]
+        key, hours = (cell.model, cell.dataset), self.hours.get(cell.quantization, {})
         if cell.kind != "accuracy" or cell.method not in hours or key not in self.lengths:
             return None
         asked = self.questions[cell.dataset]

@@ -43,14 +43,15 @@ class VLM:
 
     grid: the grid of the inputs that ran last or run now; the patch reads it.
     generation: arguments of generate that this model's published evaluation keeps.
-    unquantized: modules that quantization leaves alone: all but the language model's layers.
+    output_head: the module that quantization leaves alone. vision_modules: the tower and the projector.
     """
 
     name: ClassVar[str]
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
     generation: ClassVar[dict[str, Any]] = {}
-    unquantized: ClassVar[tuple[str, ...]]
+    output_head: ClassVar[str] = "lm_head"
+    vision_modules: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
         self.model = model.eval()
@@ -72,13 +73,15 @@ class VLM:
     ) -> VLM:
         """Load a checkpoint folder or hub id (None: the published checkpoint).
 
-        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (the LLM in LLM.int8)
-        or what checkpoint.load_model takes. sampling: which frames of a video are seen.
+        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (LLM.int8 of every
+        linear layer but the output head, as published), "int8_llm" (of the language model alone) or what
+        checkpoint.load_model takes. sampling: which frames of a video are seen.
         options: of the family's `architecture`.
         Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
         """
-        if quantization == "int8":
-            quantization = int8_config(cls.unquantized)
+        if quantization in ("int8", "int8_llm"):
+            keep = cls.vision_modules if quantization == "int8_llm" else ()
+            quantization = int8_config((cls.output_head, *keep))
         folder = resolve_folder(pretrained or cls.checkpoint)
         architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
         model = load_model(
