@@ -64,8 +64,8 @@ class VisualGrid:
     def one_picture(self) -> bool:
         """Whether the media is one picture, whatever num_frames says.
 
-        The published grid of LLaVA images claims as many frames as video frames of tokens would fit; its frame stride is
-        shorter than its rows together, which no video's is.
+        The published grid of LLaVA images claims as many frames as video frames of tokens would fit; its frame stride
+        is shorter than its rows together, which no video's is.
         """
         return self.num_frames == 1 or self.frame_stride < self.height * self.height_stride
 

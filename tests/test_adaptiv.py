@@ -36,7 +36,7 @@ def test_equals_published_vectors(golden, case):
     assert torch.equal(hidden[rows], torch.from_numpy(data["output"]))
     assert run.record.details["root"].tolist() == data["merged"].tolist()
     assert run.record.stats["sparsity"] == pytest.approx(float(data["sparsity"]))
-    assert method.computation_sparsity(run.record) == run.record.stats["sparsity"]
+    assert method.table_two_sparsity(run.record) == run.record.stats["sparsity"]
     assert method.before_attention(run, 1, hidden[rows])[1] is None
 
 

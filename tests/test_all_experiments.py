@@ -10,7 +10,6 @@ from tiny_models import untrained_checkpoint, untrained_vlm
 
 from focuslib import report
 from focuslib.errors import UserError
-from focuslib.evaluation.journal import write_json
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
 from focuslib.experiments.cell import make_cell
@@ -18,6 +17,7 @@ from focuslib.experiments.params import read_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import Outcome
 from focuslib.experiments.verify import compare_folder, compare_tables, expected_tables
+from focuslib.files import write_json
 from focuslib.methods import Focus
 from focuslib.models.quantize import linear_layers
 from focuslib.paths import project_root

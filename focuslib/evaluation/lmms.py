@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from focuslib.errors import InputError, UserError, pick
 from focuslib.evaluation.datasets import DATASETS, Dataset
-from focuslib.evaluation.journal import Journal, digest
+from focuslib.evaluation.journal import Journal
+from focuslib.files import digest
 from focuslib.methods import Method
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
@@ -74,10 +75,11 @@ class FocusLmms(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer every request; those in the journal are not run again."""
         answers = []
+        asked = [*self.vlm.identity(), repr(self.method)] if self.journal else []
         with self.method(self.vlm, trace=self.save_trace is not None) as run:
             for request in tqdm(requests, desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False):
                 context, generation, _, doc_id, task, split = request.args
-                key = digest([repr(self), task, split, doc_id, context, generation])
+                key = digest([*asked, task, split, doc_id, context, generation])
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
                     entry = self._answer(run, *request.args)
@@ -91,19 +93,22 @@ class FocusLmms(lmms):
         """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
             with readable_images(f"{task} {doc_id}"):
-                visuals = to_visual(self.task_dict[task][split][doc_id]) or [None]
-            if len(visuals) > 1:
-                raise UserError(f"{len(visuals)} images or videos in one question; the models here take one")
+                visuals = to_visual(self.task_dict[task][split][doc_id]) or []
+            if len(visuals) != 1:
+                what = f"{len(visuals)} images or videos" if visuals else "no image or video"
+                raise InputError(f"{what} in this question; the models here take one")
             inputs = self.vlm.prepare(visuals[0], context)
-        except (SystemExit, UserError) as error:  # the former is how some stock tasks report a missing video
-            logger.warning(f"{task} {doc_id}: {error}")
-            return {"answer": "", "error": str(error)}
+        except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
+            return _failure(task, doc_id, error)
         start = time.perf_counter()
         try:
             ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
-        except InputError as error:
-            logger.warning(f"{task} {doc_id}: {error}")
-            return {"answer": "", "error": str(error), "final": True}
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, InputError):
+                raise  # settings that fit no question
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what an out-of-memory question took
+            return _failure(task, doc_id, error)
         seconds = time.perf_counter() - start
         answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
         stops = generation.get("until") or ()
@@ -122,13 +127,25 @@ class FocusLmms(lmms):
         raise UserError("focuslib answers one round; multi-round tasks are not supported")
 
 
+def _failure(task: str, doc_id: int, error: BaseException) -> dict[str, Any]:
+    """The entry of a question that could not be asked, with the reason in one line.
+
+    final: the method or the model cannot take it, so that asking again is in vain.
+    """
+    what = " ".join(str(error).split())
+    reason = what if isinstance(error, (UserError, SystemExit)) else f"{type(error).__name__}: {what}"
+    logger.warning(f"{task} {doc_id}: {reason}")
+    return {"answer": "", "error": reason} | ({"final": True} if isinstance(error, InputError) else {})
+
+
 def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
     """The numbers of one prefill that go into results: plain values only."""
     grid, counts = record.grid, record.counts
     numbers = {
         "visual_tokens": grid.length,
         "num_frames": grid.num_frames,
-        "computation_sparsity": method.computation_sparsity(record),
+        "computation_sparsity": record.computation_sparsity,
+        "table_two_sparsity": method.table_two_sparsity(record),
         "dense_operations": dense_operations(record.shape, grid.length),
         "retained": record.retained,
         "stats": record.stats,

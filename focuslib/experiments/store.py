@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from focuslib.errors import UserError
-from focuslib.evaluation.journal import write_json
 from focuslib.experiments.cell import Cell
+from focuslib.files import write_json
 from focuslib.paths import shown
 from focuslib.prefill.trace import Trace
 

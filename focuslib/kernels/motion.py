@@ -65,8 +65,8 @@ def frame_matches(
     interval is its I-frame. A token matches if its distance is below threshold · D.
     Returns [F·P] int64: the index (0 … F·P − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
     match themselves, or the first that is equal (newline tokens are).
-    zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens of
-    a norm below the limit are ZEROED; else they are all informative.
+    zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens
+    of a norm below the limit are ZEROED; else they are all informative.
     """
     limit = threshold * tokens.shape[1]
     match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
@@ -74,7 +74,8 @@ def frame_matches(
         first = start + i_frame * frame_size
         if first >= len(tokens):
             if zero_tail:
-                near = tokens[start:].float().abs().sum(1) < limit
+                zeros = tokens.new_zeros((1, tokens.shape[1]), dtype=torch.float32)
+                near = torch.cdist(tokens[start:].float(), zeros, p=1).squeeze(1) < limit
                 match[start:] = torch.where(near, ZEROED, INFORMATIVE)
             break
         members = slice(start, min(start + interval * frame_size, len(tokens)))

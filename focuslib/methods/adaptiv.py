@@ -46,7 +46,7 @@ class Adaptiv(Method):
         keep[prefill.visual] = direction == KEPT
         return hidden, torch.nonzero(keep).squeeze(1)
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         return record.stats["sparsity"]
 
     def links(self, record: PrefillRecord) -> Links:

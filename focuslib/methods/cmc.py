@@ -11,7 +11,7 @@ from focuslib.errors import UserError
 from focuslib.kernels.motion import ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
 from focuslib.methods.base import Method
 from focuslib.methods.frames import require_frames
-from focuslib.prefill.ops import cmc_operations, dense_operations
+from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
 
@@ -59,7 +59,7 @@ class Cmc(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
-        prefill.state["query"], prefill.state["score"] = [], []
+        prefill.state |= {"query": [], "score": [], "scored": []}
         prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ class Cmc(Method):
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         if head == 0:
             prefill.state["score"].append([])
+            prefill.state["scored"].append(layer)
         prefill.state["score"][-1].append(self._compensate(prefill, probabilities, self.score_threshold))
         return probabilities
 
@@ -88,8 +89,15 @@ class Cmc(Method):
         for name, layers in (("query_sparsity", state["query"]), ("attn_score_sparsity", state["score"])):
             record.details[name] = torch.tensor(layers)
             record.stats[name] = sum(map(sum, layers)) / max(1, sum(map(len, layers)))
+        tokens = prefill.grid.length
+        for layer, shares in enumerate(state["query"]):
+            for site in LINEAR_SITES:
+                prefill.record_rows(layer, site, tokens * (1 - record.stats["linear_sparsity"]))
+            prefill.record_rows(layer, "query", tokens * (1 - sum(shares) / len(shares)))
+        for layer, shares in zip(state["scored"], state["score"], strict=True):
+            prefill.record_rows(layer, "score", tokens * (1 - sum(shares) / len(shares)))
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         sparsities = (record.stats[f"{name}_sparsity"] for name in ("linear", "query", "attn_score"))
         left = cmc_operations(record.shape, record.grid.length, *sparsities)
         return 1 - left / dense_operations(record.shape, record.grid.length)
@@ -99,10 +107,9 @@ class Cmc(Method):
         size = record.grid.tokens_per_frame
         in_i_frame = (itself // size) % self.interval == self.i_frame
         kind = np.select([match == ZEROED, match < 0, in_i_frame, match % size == itself % size], [4, 0, 1, 2], 3)
-        kinds = (
-            "computed itself", "I-frame", "same place in the I-frame", "elsewhere in the I-frame",
-            "zeroed: no I-frame",
-        )  # fmt: skip
+        kinds = ("computed itself", "I-frame", "same place in the I-frame", "elsewhere in the I-frame")
+        if (match == ZEROED).any():
+            kinds = (*kinds, "zeroed: its interval has no I-frame")
         target = np.where(match < 0, itself, match)
         return Links("best I-frame match (linear layers)", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
