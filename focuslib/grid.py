@@ -61,6 +61,15 @@ class VisualGrid:
         return max(self.frame_stride, self.height * self.height_stride)
 
     @property
+    def one_picture(self) -> bool:
+        """Whether the media is one picture, whatever num_frames says.
+
+        The published grid of LLaVA images claims as many frames as video frames of tokens would fit; its frame stride
+        is shorter than its rows together, which no video's is.
+        """
+        return self.num_frames == 1 or self.frame_stride < self.height * self.height_stride
+
+    @property
     def tokens_per_frame(self) -> int:
         """Tokens of each frame of a video, for the methods that compare whole frames.
 

@@ -36,8 +36,24 @@ def test_equals_published_vectors(golden, case):
     assert torch.equal(hidden[rows], torch.from_numpy(data["output"]))
     assert run.record.details["root"].tolist() == data["merged"].tolist()
     assert run.record.stats["sparsity"] == pytest.approx(float(data["sparsity"]))
-    assert method.computation_sparsity(run.record) == run.record.stats["sparsity"]
+    assert method.table_two_sparsity(run.record) == run.record.stats["sparsity"]
     assert method.before_attention(run, 1, hidden[rows])[1] is None
+
+
+@pytest.mark.parametrize("frames", [5, 6])
+def test_equals_published_vectors_of_uncut_frames(golden, frames):
+    """MiniCPM-V's frames of 67 tokens under its frame stride of 199: the first 199 tokens are exempt."""
+    data, meta = golden(f"adaptiv_frames67_{frames}")
+    sides = (meta[name] for name in ("height", "width", "frame_stride", "height_stride", "width_stride"))
+    grid = VisualGrid(meta["image_start"], meta["image_len"], meta["frames"], *sides)
+    hidden = torch.from_numpy(data["input"])
+    run = Prefill(grid, SHAPE, len(hidden), hidden.device, False)
+    hidden, rows = Adaptiv(meta["threshold"]).before_attention(run, 0, hidden)
+    run.drop(0, rows)
+    assert run.kept.tolist() == data["kept"].tolist()
+    assert torch.equal(hidden[rows], torch.from_numpy(data["output"]))
+    assert run.record.details["root"].tolist() == data["merged"].tolist()
+    assert run.record.stats["sparsity"] == pytest.approx(float(data["sparsity"]))
 
 
 def oracle(x, grid, frame, threshold):

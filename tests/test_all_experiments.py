@@ -1,6 +1,6 @@
 """All five experiments on two questions of the untrained model: every file and column of the simulator's contract."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import nbformat
 import pandas as pd
@@ -10,7 +10,6 @@ from tiny_models import untrained_checkpoint, untrained_vlm
 
 from focuslib import report
 from focuslib.errors import UserError
-from focuslib.evaluation.journal import write_json
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
 from focuslib.experiments.cell import make_cell
@@ -18,6 +17,7 @@ from focuslib.experiments.params import read_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import Outcome
 from focuslib.experiments.verify import compare_folder, compare_tables, expected_tables
+from focuslib.files import write_json
 from focuslib.methods import Focus
 from focuslib.models.quantize import linear_layers
 from focuslib.paths import project_root
@@ -167,14 +167,21 @@ def test_quantised_modules_are_8_bit(done):
     cells = [result.cell for result in outcomes["int8"].results]
     plain, quantised = (next(c for c in cells if c.quantization == precision) for precision in (None, "int8"))
     assert plain.name() != quantised.name()
-    table = report_int8.precision_table(outcomes["int8"].results)
-    table = table[table["Part"] == "language model"].reset_index(drop=True)
+    whole = report_int8.precision_table(outcomes["int8"].results)
+    table = whole[whole["Part"] == "language model"].reset_index(drop=True)
     assert list(table["in 8 bit"]) == [0, 56] and list(table["weight type"]) == ["float32", "int8"]
     assert table["weights (MiB)"][1] * 4 == table["weights (MiB)"][0]
+    in_8_bit = whole[whole["Precision"] == "int8"].set_index("Part")
+    assert set(in_8_bit.index) == {"language model", "vision_tower", "multi_modal_projector", "output head"}
+    all_but_the_head = in_8_bit.drop("output head")  # published: load_in_8bit without exceptions
+    assert (all_but_the_head["in 8 bit"] == all_but_the_head["linear layers"]).all()
+    assert in_8_bit.loc["output head", "weight type"] == "float32"
     vlm = load_cell(quantised)
     assert linear_layers(vlm.model)["language model"]["in 8 bit"] == 56
     assert vlm.model.lm_head.weight.dtype == torch.float32
-    assert not any(p.dtype == torch.int8 for p in vlm.model.model.vision_tower.parameters())
+    alone = load_cell(replace(quantised, quantization="int8_llm"))
+    assert not any(p.dtype == torch.int8 for p in alone.model.model.vision_tower.parameters())
+    assert linear_layers(alone.model)["language model"]["in 8 bit"] == 56
     media, prompt = question("tinyvideo_motion", vlm.name, 0)
     with Focus(selected_layers=(2,), retention=(0.5,), vector_size=16, m_tile=64)(vlm, trace=True) as run:
         vlm.prefill(vlm.prepare(media, prompt))

@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from vlm_oracle import check_base, check_method, read, read_config, write_checkpoint
 
+from focuslib.kernels.motion import ZEROED
+from focuslib.methods import Cmc
 from focuslib.models import LlavaOnevision
 
 FAMILY = "llava_onevision"
@@ -20,13 +22,17 @@ def vlm(tmp_path_factory):
     return LlavaOnevision.load(folder, vision_config=read_config(FAMILY)["_tiny_vision_config"])
 
 
-@pytest.fixture(scope="module")
-def video(vlm):
-    golden = read(FAMILY, "inputs_video")
+def assembled(vlm, case):
+    golden = read(FAMILY, f"inputs_{case}")
     ids = golden["input_ids"][0].tolist()
     at = ids.index(-200)
     pixels = torch.from_numpy(golden["pixel_values_videos"])
     return vlm.assemble_ids(ids[:at], vlm.encode_video(pixels), ids[at + 1 :], len(pixels))
+
+
+@pytest.fixture(scope="module")
+def video(vlm):
+    return assembled(vlm, "video")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,16 @@ def test_base_image(vlm, image):
 @pytest.mark.parametrize("case", ["focus_video", "focus_video_sec_only", "adaptiv_video", "cmc_video"])
 def test_method_on_video(vlm, video, case):
     check_method(FAMILY, case, vlm, video)
+
+
+def test_a_tail_interval_without_an_i_frame(vlm):
+    """Ten frames: the last two have no I-frame, and the published code replaces with zeros there."""
+    video10 = assembled(vlm, "video10")
+    check_base(FAMILY, "video10", vlm, video10)
+    check_method(FAMILY, "cmc_video10", vlm, video10)
+    with Cmc(linear_threshold=0.4, query_threshold=0.4, tail="leave")(vlm) as run:
+        vlm.prefill(video10)
+    assert not (run.last.details["linear_match"] == ZEROED).any()
 
 
 @pytest.mark.parametrize("case", ["focus_image_small", "adaptiv_image_small"])

@@ -9,6 +9,7 @@ from focuslib.prefill.ops import (
     SiteCounts,
     cmc_operations,
     concentrated_operations,
+    counted_operations,
     dense_operations,
 )
 
@@ -42,3 +43,20 @@ def test_cmc_without_sparsity_is_dense():
     shape = DecoderShape(layers=3, hidden=64, mlp=160, heads=4, kv_heads=2, head_dim=16)
     assert cmc_operations(shape, 50, 0, 0, 0) == dense_operations(shape, 50)
     assert cmc_operations(shape, 50, 1, 1, 1) == 0
+
+
+def test_one_count_for_every_method():
+    """counted_operations against a token-by-token oracle: every GEMM of every layer, causal attention at half."""
+    shape = DecoderShape(layers=3, hidden=8, mlp=12, heads=3, kv_heads=1, head_dim=4)  # queries are wider than hidden
+    attended, retained = [10, 6, 6], [6, 6, 4]
+    rows = [{"q_proj": 7, "score": 5.0}, {}]
+
+    def layer(seen: int, left: int, own: dict) -> float:
+        q, query, score, o = (own.get(site, seen) for site in ("q_proj", "query", "score", "o_proj"))
+        gate, down = own.get("gate_proj", left), own.get("down_proj", left)
+        projections = q * 8 * (12 + 4 + 4) + o * 12 * 8 + gate * 2 * 8 * 12 + down * 12 * 8
+        return projections + (query * seen * 12 + score * seen * 12) / 2
+
+    expected = layer(10, 6, rows[0]) + layer(6, 6, {}) + layer(6, 4, {})
+    assert counted_operations(shape, attended, retained, rows) == expected
+    assert counted_operations(shape, [10] * 3, [10] * 3, []) == dense_operations(shape, 10)

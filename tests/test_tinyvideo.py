@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from focuslib.paths import params_folder, read_yaml
 from focuslib.tasks.tinyvideo import build as builder
 from focuslib.tasks.tinyvideo.build import load_docs, task_docs, write_video
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, TASKS, prompt, questions
@@ -53,6 +54,26 @@ def test_docs_are_balanced_and_of_full_size(task):
         answers = Counter(d["answer_text"] for d in docs if d["question_type"] == kind)
         even = sum(answers.values()) / len(CHOICES[kind])
         assert set(answers) == set(CHOICES[kind]) and all(even / 2 < n < 2 * even for n in answers.values())
+
+
+LIMITS = {
+    value
+    for path in (params_folder() / "laptop").glob("*.yaml")
+    for name, value in read_yaml(path).items()
+    if name.endswith(("limit", "trace_samples")) and value
+}
+
+
+@pytest.mark.parametrize("split", builder.CLIPS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_limit_asks_each_kind_in_proportion(task, split):
+    docs = task_docs(task, split)
+    whole = Counter(doc["question_type"] for doc in docs)
+    for limit in {*LIMITS, *range(1, len(docs), 7)}:
+        part = Counter(doc["question_type"] for doc in docs[:limit])
+        for kind, count in whole.items():
+            assert abs(part[kind] - limit * count / len(docs)) <= 1
+    assert LIMITS
 
 
 def test_answers_follow_from_what_the_clip_shows():

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from focuslib.kernels.motion import ZEROED
 from focuslib.methods import Adaptiv, Cmc, Focus
 from focuslib.models import VLM, Inputs
 from focuslib.prefill.ops import SITES
@@ -149,10 +150,16 @@ def check_sparsity(record, expected: dict[str, float], length: int) -> None:
 
 
 def check_motion(match: np.ndarray, golden: dict[str, np.ndarray], grid) -> None:
-    """CMC's table of the input embeddings: which I-frame token replaces each token of the other frames."""
-    frame = grid.length // grid.num_frames
+    """CMC's table of the input embeddings: which I-frame token replaces each token of the other frames.
+
+    The tokens of an interval without an I-frame are replaced by the zeros of the padded one.
+    """
+    size = grid.length // grid.num_frames
     table, mask = (golden[key][: grid.num_frames] for key in ("cmc_table", "cmc_mask"))
-    others = [index for index in range(grid.num_frames) if index != 3]
-    match = match.reshape(grid.num_frames, frame)[others]
-    assert np.array_equal(match >= 0, mask[others])
-    assert np.array_equal((match - 3 * frame)[match >= 0], table[others][mask[others]])
+    for number, found in enumerate(match.reshape(grid.num_frames, size)):
+        i_frame = number // 8 * 8 + 3
+        if i_frame >= grid.num_frames:
+            assert np.array_equal(found == ZEROED, mask[number]) and (found < 0).all()
+        elif number != i_frame:
+            assert np.array_equal(found >= 0, mask[number])
+            assert np.array_equal((found - i_frame * size)[found >= 0], table[number][mask[number]])

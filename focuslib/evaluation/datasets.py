@@ -31,6 +31,7 @@ class Dataset:
     version: says which edition of the data was used; part of a result's identity.
     prepare: makes the data now, where the package makes them.
     together: questions that are scored together; a limit is rounded up to whole groups.
+    category: a logged sample → its category, where the score is the mean over categories ("" where it is not).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Dataset:
     version: Callable[[], str] = _stock_version
     prepare: Callable[[], object] = lambda: None
     together: int = 1
+    category: Callable[[Sample], str] = lambda sample: ""
 
     @property
     def stock(self) -> bool:
@@ -125,6 +127,7 @@ DATASETS: dict[str, Dataset] = {
             ("mlvu_dev",),
             _matches("mlvu_percetion_score"),  # the task spells its key so
             _metric("mlvu_dev", "mlvu_percetion_score"),
+            category=lambda sample: sample["mlvu_percetion_score"]["task_type"],
         ),
         Dataset(
             "mvbench",

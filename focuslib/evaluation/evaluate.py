@@ -28,9 +28,9 @@ from focuslib.prefill.record import Run
 class Evaluation:
     """A method's result on a data set.
 
-    score: the published score. samples: one dict a question, in order: task, doc_id, score (0 … 1), answer, and the
-    numbers of `summary`. failures: questions that count as wrong because their media could not be read, or (final)
-    because the method cannot take them.
+    score: the published score. samples: one dict a question, in order: task, doc_id, score (0 … 1), answer, category
+    (where the score is a mean over categories), and the numbers of `lmms.summary`. failures: questions that count as
+    wrong because they could not be read or run, or (final) because the method cannot take them.
     """
 
     score: float
@@ -51,7 +51,8 @@ def evaluate(
     save_trace: Callable[[str, int, Run], None] | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Score a method on a data set with lmms-eval. limit: the first so many questions of each task.
+    """Score a method on a data set with lmms-eval. limit: the first so many questions of each task (those of
+    the embedded benchmark are dealt so that these are a stratified sample; the paper takes the first of stock tasks).
 
     journal: a file of answered requests; a run that was killed goes on from it. save_trace: called with the task, the
     question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
@@ -91,6 +92,8 @@ def evaluate(
             entry = dict(model.records[task, sample["doc_id"]])
             entry.pop("key", None)
             identity = {"task": task, "doc_id": sample["doc_id"]}
+            if category := dataset.category(sample):
+                identity["category"] = category
             if "error" in entry:
                 failures.append({**identity, **{name: entry[name] for name in ("error", "final") if name in entry}})
             samples.append({**identity, "score": dataset.sample_score(sample), **entry})

@@ -1,16 +1,9 @@
 """An append-only file of answered requests, so that a killed run loses at most the request in progress."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-
-def digest(value: Any) -> str:
-    """A short stable name of a JSON value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Journal:
@@ -45,14 +38,3 @@ class Journal:
     def close(self) -> None:
         """Close the file; the entries stay readable."""
         self._file.close()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically: a reader sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

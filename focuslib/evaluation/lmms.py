@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from tqdm import tqdm
 
 from focuslib.errors import InputError, UserError, pick
 from focuslib.evaluation.datasets import DATASETS, Dataset
-from focuslib.evaluation.journal import Journal, digest
+from focuslib.evaluation.journal import Journal
+from focuslib.evaluation.settings import method_settings
+from focuslib.files import digest
 from focuslib.methods import Method
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
@@ -34,7 +38,8 @@ class FocusLmms(lmms):
     """A loaded VLM under one method, as lmms-eval sees it.
 
     From the command line: `lmms-eval --model focuslib --model_args model=tiny_onevision,method=focus,m_tile=512 …`.
-    Every further argument is a setting of the method; lists are written 1:3:5.
+    A method by name has its settings of params/methods.yaml for the model and each task's data set, as in `focus run`;
+    every further argument replaces one of them; lists are written 1:3:5.
     """
 
     is_simple = True
@@ -56,13 +61,30 @@ class FocusLmms(lmms):
             raise UserError(f"batch_size is {batch_size}; methods act on one sequence at a time, use batch_size 1")
         settings.pop("max_batch_size", None)
         self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype)
+        # by name, a method has its settings for each task's data set; made here once for its mistakes to show at once
+        self.named = None if isinstance(method, Method) else (method, settings)
         self.method = method if isinstance(method, Method) else make_method(method, settings)
         self.journal = journal
         self.save_trace = save_trace
         self.records: dict[tuple[str, int], dict[str, Any]] = {}
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> FocusLmms:
+        """As the stock command makes it; a user's mistake ends the command with one line."""
+        with _ending_in_one_line():
+            model = super().create_from_arg_string(arg_string, additional_config)
+        model.generate_until = _ending_in_one_line()(model.generate_until)
+        return model
+
     def __repr__(self) -> str:
         return f"{self.vlm.name} under {self.method}"
+
+    def method_for(self, task: str) -> Method:
+        """The method with its settings for a task's data set."""
+        if self.named is None:
+            return self.method
+        name, settings = self.named
+        return make_method(name, {**method_settings(name, self.vlm.name, dataset_of(task)), **settings})
 
     @property
     def device(self) -> torch.device:
@@ -73,11 +95,21 @@ class FocusLmms(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer every request; those in the journal are not run again."""
+        answers: list[str] = []
+        bar = tqdm(total=len(requests), desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False)
+        with bar:
+            for task, group in groupby(requests, lambda request: request.args[4]):
+                answers += self._answer_task(self.method_for(task), list(group), bar)
+        return answers
+
+    def _answer_task(self, method: Method, requests: list[Instance], bar: tqdm) -> list[str]:
+        """Answer the requests of one task."""
         answers = []
-        with self.method(self.vlm, trace=self.save_trace is not None) as run:
-            for request in tqdm(requests, desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False):
+        asked = [*self.vlm.identity(), repr(method)] if self.journal else []
+        with method(self.vlm, trace=self.save_trace is not None) as run:
+            for request in requests:
                 context, generation, _, doc_id, task, split = request.args
-                key = digest([repr(self), task, split, doc_id, context, generation])
+                key = digest([*asked, task, split, doc_id, context, generation])
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
                     entry = self._answer(run, *request.args)
@@ -85,25 +117,29 @@ class FocusLmms(lmms):
                         self.journal.add(key, entry)
                 self.records[task, doc_id] = entry
                 answers.append(entry["answer"])
+                bar.update()
         return answers
 
     def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
         """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
             with readable_images(f"{task} {doc_id}"):
-                visuals = to_visual(self.task_dict[task][split][doc_id]) or [None]
-            if len(visuals) > 1:
-                raise UserError(f"{len(visuals)} images or videos in one question; the models here take one")
+                visuals = to_visual(self.task_dict[task][split][doc_id]) or []
+            if len(visuals) != 1:
+                what = f"{len(visuals)} images or videos" if visuals else "no image or video"
+                raise InputError(f"{what} in this question; the models here take one")
             inputs = self.vlm.prepare(visuals[0], context)
-        except (SystemExit, UserError) as error:  # the former is how some stock tasks report a missing video
-            logger.warning(f"{task} {doc_id}: {error}")
-            return {"answer": "", "error": str(error)}
+        except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
+            return _failure(task, doc_id, error)
         start = time.perf_counter()
         try:
             ids = self.vlm.generate_ids(inputs, **{key: generation[key] for key in _GENERATION if key in generation})
-        except InputError as error:
-            logger.warning(f"{task} {doc_id}: {error}")
-            return {"answer": "", "error": str(error), "final": True}
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, InputError):
+                raise  # settings that fit no question
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what an out-of-memory question took
+            return _failure(task, doc_id, error)
         seconds = time.perf_counter() - start
         answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
         stops = generation.get("until") or ()
@@ -122,13 +158,42 @@ class FocusLmms(lmms):
         raise UserError("focuslib answers one round; multi-round tasks are not supported")
 
 
+@contextmanager
+def _ending_in_one_line() -> Iterator[None]:
+    """End the process with one line on a user's mistake: lmms-eval would show a traceback and exit with status 0."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"focuslib: {error}") from error
+
+
+def dataset_of(task: str) -> str:
+    """The data set that a task belongs to, "" if it is none of ours."""
+    for dataset in DATASETS.values():
+        if task in dataset.tasks or any(task.startswith(f"{name}_") for name in dataset.tasks if dataset.stock):
+            return dataset.name
+    return ""
+
+
+def _failure(task: str, doc_id: int, error: BaseException) -> dict[str, Any]:
+    """The entry of a question that could not be asked, with the reason in one line.
+
+    final: the method or the model cannot take it, so that asking again is in vain.
+    """
+    what = " ".join(str(error).split())
+    reason = what if isinstance(error, (UserError, SystemExit)) else f"{type(error).__name__}: {what}"
+    logger.warning(f"{task} {doc_id}: {reason}")
+    return {"answer": "", "error": reason} | ({"final": True} if isinstance(error, InputError) else {})
+
+
 def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
     """The numbers of one prefill that go into results: plain values only."""
     grid, counts = record.grid, record.counts
     numbers = {
         "visual_tokens": grid.length,
         "num_frames": grid.num_frames,
-        "computation_sparsity": method.computation_sparsity(record),
+        "computation_sparsity": record.computation_sparsity,
+        "table_two_sparsity": method.table_two_sparsity(record),
         "dense_operations": dense_operations(record.shape, grid.length),
         "retained": record.retained,
         "stats": record.stats,

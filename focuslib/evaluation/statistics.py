@@ -13,6 +13,27 @@ def proportion_interval(right: float, asked: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def score_interval(groups: list[ArrayLike], seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of a score that is the mean over groups of each group's mean. groups: scores of questions, 0 … 1.
+
+    One group of right and wrong answers has Wilson's interval. Of several, each group's share is drawn from its
+    Jeffreys posterior, a bootstrap that has a width where every answer is right; scores in between are resampled. The
+    interval always holds the score itself.
+    """
+    arrays = [np.asarray(group, dtype=float) for group in groups]
+    score = float(np.mean([group.mean() for group in arrays]))
+    binary = all(np.isin(group, (0, 1)).all() for group in arrays)
+    if binary and len(arrays) == 1:
+        return proportion_interval(arrays[0].sum(), len(arrays[0]))
+    rng = np.random.default_rng(seed)
+    if binary:
+        shares = [rng.beta(g.sum() + 0.5, len(g) - g.sum() + 0.5, draws) for g in arrays]
+    else:
+        shares = [g[rng.integers(len(g), size=(draws, len(g)))].mean(1) for g in arrays]
+    low, high = np.quantile(np.mean(shares, axis=0), (0.025, 0.975))
+    return min(float(low), score), max(float(high), score)
+
+
 def mean_interval(values: ArrayLike) -> tuple[float, float]:
     """Mean and the half width of its 95 % interval (normal approximation); the half width is 0 for one value."""
     values = np.asarray(values, dtype=float)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import focuslib
 from focuslib.errors import pick
 from focuslib.evaluation.datasets import DATASETS
-from focuslib.evaluation.journal import digest
 from focuslib.evaluation.settings import method_settings
+from focuslib.experiments.identity import package_versions, source_digest
+from focuslib.files import digest
 from focuslib.methods.settings import make_method
 from focuslib.models import MODELS
 from focuslib.models.checkpoint import resolve_folder
-
-# Files up to this size are part of a checkpoint's identity by content, larger ones by name and size.
-_HASHED_BYTES = 64 << 20
+from focuslib.models.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Cell:
         of the method switched off; "sparsity" asks only the first questions, "trace" does too and keeps the median
         sample's trace; "cost" measures a prefill of one question, and "view" keeps what a view of one shows.
     settings: every hyper-parameter of the method. limit: questions a task, None for all.
-    checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8" or None.
+    checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8", "int8_llm" or None.
     sample: keep this sample's trace (its place among the samples) instead of the median's.
     """
 
@@ -58,7 +53,8 @@ class Cell:
             **asdict(self),
             "checkpoint": fingerprint(resolve_folder(source)),
             "data": pick(DATASETS, self.dataset, "dataset").version(),
-            "focuslib": focuslib.__version__,
+            "source": source_digest(*(("explore",) if self.kind == "view" else ())),
+            "packages": package_versions(),
         }
 
     def name(self) -> str:
@@ -77,18 +73,6 @@ def make_cell(
     chosen = make_method(method, {**method_settings(method, model, dataset), **(settings or {})})
     settings = _plain(chosen.settings())
     return Cell(kind, model, dataset, method, settings, limit, device, dtype, seed, checkpoint, quantization, sample)
-
-
-@cache
-def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint folder: small files by content, large ones by name and size."""
-    parts = []
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            size = file.stat().st_size
-            content = sha256(file.read_bytes()).hexdigest() if size <= _HASHED_BYTES else ""
-            parts.append([file.name, size, content])
-    return digest(parts)
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def weights(model: str, checkpoint: str | None = None) -> str:
     """Whether a model's checkpoint is whole and of its family; reads headers only."""
     adapter = MODELS[model]
     try:
-        folder = resolve_folder(checkpoint or adapter.checkpoint, download=False)
+        folder = resolve_folder(checkpoint or adapter.checkpoint)
         check_shards(folder)
         adapter.architecture(folder, read_json(folder / "config.json"))
     except UserError as error:
@@ -117,7 +117,7 @@ def device(name: str) -> str:
 def fetch(name: str) -> str:
     """Download a model's checkpoint or a data set with its videos, as the run reads them; returns what is there now."""
     if name in MODELS:
-        return f"{name}: {resolve_folder(MODELS[name].checkpoint)}"
+        return f"{name}: {resolve_folder(MODELS[name].checkpoint, download=True)}"
     dataset = pick(DATASETS, name, "model or data set")
     from focuslib.evaluation.lmms import load_tasks
 
@@ -189,7 +189,7 @@ class _Costs:
 
     def __call__(self, cell: Cell) -> float | None:
         """Hours of a cell's questions; None: not published."""
-        key, hours = (cell.model, cell.dataset), self.hours[cell.quantization]
+        key, hours = (cell.model, cell.dataset), self.hours.get(cell.quantization, {})
         if cell.kind != "accuracy" or cell.method not in hours or key not in self.lengths:
             return None
         asked = self.questions[cell.dataset]

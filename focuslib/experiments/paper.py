@@ -159,7 +159,7 @@ def int8_cells(params: dict[str, Any], medians: dict[tuple[str, str], int]) -> l
         cells.append(make_cell("trace", method="focus", limit=params["trace_samples"], **common))
         cells += accuracy(common)
     for common in _pairs(params):
-        common["quantization"] = "int8"
+        common["quantization"] = params.get("quantization", "int8")
         cells += accuracy(common)
         median = medians.get((common["model"], common["dataset"]))
         if median is not None:

@@ -24,7 +24,6 @@ import focuslib
 from focuslib.errors import UserError
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.evaluate import evaluate
-from focuslib.evaluation.journal import write_json
 from focuslib.evaluation.sources import require
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.pool import process_pool
@@ -40,6 +39,7 @@ from focuslib.experiments.store import (
     result_file,
     work_folder,
 )
+from focuslib.files import write_json
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
 from focuslib.models.quantize import linear_layers

@@ -10,11 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from focuslib.errors import UserError
-from focuslib.evaluation.journal import write_json
+from focuslib.evaluation.statistics import proportion_interval, score_interval
 from focuslib.experiments.cell import Cell
+from focuslib.files import write_json
 from focuslib.paths import shown
 from focuslib.prefill.trace import Trace
 
@@ -41,6 +43,17 @@ class CellResult:
     def answered(self) -> list[dict[str, Any]]:
         """The samples that were answered."""
         return [sample for sample in self.samples if "error" not in sample]
+
+    def score_interval(self) -> tuple[float, float]:
+        """95 % interval of `score`, in its own unit: of a mean over tasks and categories where it is one."""
+        groups: dict[tuple, list[float]] = {}
+        for sample in self.samples:
+            groups.setdefault((sample["task"], sample.get("category")), []).append(sample["score"])
+        mean = float(np.mean([np.mean(group) for group in groups.values()]))
+        if not mean or self.score is None:
+            return 0.0, 100 * proportion_interval(0, len(self.samples))[1]
+        # a category without questions counts as 0 in some scores, and some have another unit
+        return tuple(bound * self.score / mean for bound in score_interval(list(groups.values())))
 
     @property
     def unreadable(self) -> bool:

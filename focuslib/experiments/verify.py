@@ -9,11 +9,19 @@ from focuslib.errors import UserError
 # How far a number may be from the expected one. Runs on one machine agree exactly; on another, rounding can flip an
 # answer that hangs in the balance, and which of nearly equal samples is the median.
 SCORE, SMALL_SCORE = 2.0, 5.0  # points; the second for cells of fewer than FEW questions
+SATURATED, FLIPS = 98.0, 4  # a score from there on may differ by so many questions, which is less
 FEW = 200
 FEW_QUESTIONS_COLUMNS = ("accuracy", "INT8_Dense", "INT8_Focus")  # of tables that do not say how many were asked
-POINTS = {"Computation sparsity": 1.0, "Sparsity ±": 1.0, "Tokens at the end": 1.0, "Operations left (%)": 1.0}
+SCORE_COLUMNS = ("Score", "Right", "Score INT8")
+POINTS = {
+    "Computation sparsity": 1.0,
+    "Sparsity ±": 1.0,
+    "Tokens at the end": 1.0,
+    "Table II sparsity": 1.0,
+    "Operations left (%)": 1.0,
+}
 SHARES = {"Sparsity": 0.01, "linear_sparsity": 0.01, "query_sparsity": 0.01, "attn_score_sparsity": 0.01}
-EXACT = dict.fromkeys(("Questions", "Sequence length", "Num frames", "Num patches"), 0.0)
+EXACT = dict.fromkeys(("Questions", "Failed", "Sequence length", "Num frames", "Num patches"), 0.0)
 RELATIVE = {"Operations (million)": 0.02}  # of the expected number
 NOT_COMPARED = ("Median index",)
 
@@ -22,6 +30,8 @@ def tolerance(column: str, expected: float, questions: float | None) -> float:
     """The largest difference allowed in a column. questions: how many the row stands for, if its table says so."""
     if column in RELATIVE:
         return RELATIVE[column] * abs(expected)
+    if column in SCORE_COLUMNS and expected >= SATURATED and questions:
+        return min(SCORE if questions >= FEW else SMALL_SCORE, 100 * FLIPS / questions)
     few = column in FEW_QUESTIONS_COLUMNS if questions is None else questions < FEW
     return {**POINTS, **SHARES, **EXACT}.get(column, SMALL_SCORE if few else SCORE)
 

@@ -15,7 +15,7 @@ from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, num_vectors
 from focuslib.methods import Method
 from focuslib.methods.focus import Focus
 from focuslib.prefill.ops import SITES
-from focuslib.prefill.record import Events, Prefill, PrefillRecord
+from focuslib.prefill.record import Events, Prefill
 from focuslib.prefill.trace import Trace
 
 AFTER_ATTENTION = ("gate_proj", "down_proj")  # sites behind the drop between attention and MLP
@@ -195,9 +195,6 @@ class Recorder(Events):
 
     def end(self, prefill: Prefill) -> None:
         self.method.end(prefill)
-
-    def computation_sparsity(self, record: PrefillRecord) -> float:
-        return self.method.computation_sparsity(record)
 
     def _observe(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> None:
         probe, present = self.probe, prefill.present

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
+ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail interval replaces
 _COARSE, _FINE = 64, 8  # channels a block of the two bounds
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
 _ROUNDOFF = 2.0**-24  # of one float32 operation
@@ -55,21 +56,27 @@ def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
 
 
 def frame_matches(
-    tokens: Tensor, frame_size: int, threshold: float, *, interval: int = 8, i_frame: int = 3, search=motion_search
-) -> Tensor:
+    tokens: Tensor, frame_size: int, threshold: float, *, interval: int = 8, i_frame: int = 3, search=motion_search,
+    zero_tail: bool = True,
+) -> Tensor:  # fmt: skip
     """Motion search of whole frames: the token each visual token is replaced by.
 
     tokens: [F·P, D], frame after frame, P = frame_size. Frames are grouped into intervals; frame number `i_frame` of an
     interval is its I-frame. A token matches if its distance is below threshold · D.
     Returns [F·P] int64: the index (0 … F·P − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
-    match themselves, or the first that is equal (newline tokens are). A tail interval too short to have an I-frame is
-    informative.
+    match themselves, or the first that is equal (newline tokens are).
+    zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens
+    of a norm below the limit are ZEROED; else they are all informative.
     """
     limit = threshold * tokens.shape[1]
     match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
     for start in range(0, len(tokens), interval * frame_size):
         first = start + i_frame * frame_size
         if first >= len(tokens):
+            if zero_tail:
+                zeros = tokens.new_zeros((1, tokens.shape[1]), dtype=torch.float32)
+                near = torch.cdist(tokens[start:].float(), zeros, p=1).squeeze(1) < limit
+                match[start:] = torch.where(near, ZEROED, INFORMATIVE)
             break
         members = slice(start, min(start + interval * frame_size, len(tokens)))
         found = search(tokens[members], tokens[first : first + frame_size], limit)
@@ -78,7 +85,7 @@ def frame_matches(
 
 
 def replaced_share(match: Tensor, frame_size: int, *, interval: int = 8, i_frame: int = 3) -> float:
-    """CMC's sparsity: the share of the tokens that have a match, I-frames counting as informative."""
+    """CMC's sparsity: the share of the tokens that have a match, I-frames and tails without one being informative."""
     frame = torch.arange(len(match), device=match.device) // frame_size
     return int(((match >= 0) & (frame % interval != i_frame)).sum()) / len(match)
 
@@ -88,6 +95,7 @@ def compensate(tokens: Tensor, match: Tensor) -> None:
 
     A matching token matches itself, so the order does not matter.
     """
+    tokens[match == ZEROED] = 0
     own = torch.arange(len(match), device=match.device)
     replaced = torch.nonzero((match >= 0) & (match != own)).squeeze(1)
     for rows in replaced.split(_rows_in_budget(tokens)):

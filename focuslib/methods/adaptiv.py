@@ -46,7 +46,7 @@ class Adaptiv(Method):
         keep[prefill.visual] = direction == KEPT
         return hidden, torch.nonzero(keep).squeeze(1)
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         return record.stats["sparsity"]
 
     def links(self, record: PrefillRecord) -> Links:
@@ -66,16 +66,16 @@ def sign_similarity(x: Tensor, distance: int) -> Tensor:
 def merge_directions(x: Tensor, grid: VisualGrid, threshold: float) -> Tensor:
     """Which visual tokens are merged, and which way: x [S, D] → [S] uint8. Up wins a tie.
 
-    Never merged: tokens of a frame's first row or first column and, if there are more frames than one, the first frame.
+    Never merged: tokens of a frame's first row or first column and, if the media has more frames than one, the first
+    `frame_stride` tokens (published: also where that is more than a frame, as with MiniCPM-V's uncut frames).
     """
     up, left = sign_similarity(x, grid.height_stride), sign_similarity(x, grid.width_stride)
     direction = torch.where(up >= left, MERGED_UP, MERGED_LEFT).to(torch.uint8)
-    size = grid.frame_size
     position = torch.arange(len(x), device=x.device)
-    within = position % size
+    within = position % grid.frame_size
     allowed = (within >= grid.height_stride) & (within % grid.height_stride >= grid.width_stride)
-    if grid.length >= 2 * size:
-        allowed &= position >= size
+    if not grid.one_picture:
+        allowed &= position >= grid.frame_stride
     return torch.where(allowed & (torch.maximum(up, left) >= threshold), direction, KEPT)
 
 

@@ -62,9 +62,13 @@ class Method:
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
-        """1 − operations / dense operations of a prefill, by the paper's count (Table II)."""
-        return 0.0
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
+        """A prefill's computation sparsity, 0 … 1, by the convention of the paper's Table II.
+
+        The paper counts each baseline in a way of its own; comparisons use record.computation_sparsity instead, which
+        counts the same for every method. A method that the paper does not have keeps this: there is only that count.
+        """
+        return record.computation_sparsity
 
     def links(self, record: PrefillRecord) -> Links | None:
         """Which token each one is replaced by or merged into, for views; None where tokens have no such link."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.kernels.motion import compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.kernels.motion import ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
 from focuslib.methods.base import Method
 from focuslib.methods.frames import require_frames
-from focuslib.prefill.ops import cmc_operations, dense_operations
+from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
 
@@ -25,6 +25,8 @@ class Cmc(Method):
     interval: frames an interval. i_frame: which of them is the I-frame, from 0.
     skip_score_layers: layers whose attention rows are left alone (published: the last of 28).
     simplified: compare tokens of the same position only, instead of searching the whole I-frame.
+    tail: what happens in a last interval too short to have an I-frame: "published" replaces its tokens of small norm by
+    the zeros that the frames were padded with, "leave" does nothing. Either way they count as computed.
 
     Results: stats linear_sparsity, query_sparsity, attn_score_sparsity (means over layers and heads); details
     linear_match ([S] int64, see motion.frame_matches), query_sparsity, attn_score_sparsity ([layers, heads] float32).
@@ -39,6 +41,7 @@ class Cmc(Method):
     i_frame: int = 3
     skip_score_layers: tuple[int, ...] = (27,)
     simplified: bool = False
+    tail: str = "published"
 
     def __post_init__(self):
         object.__setattr__(self, "skip_score_layers", tuple(self.skip_score_layers))
@@ -49,12 +52,14 @@ class Cmc(Method):
             raise UserError(f"cmc: interval is {self.interval}; it must be at least 1 frame")
         if not 0 <= self.i_frame < self.interval:
             raise UserError(f"cmc: i_frame is {self.i_frame}; it must lie in 0 … interval − 1 = {self.interval - 1}")
+        if self.tail not in ("published", "leave"):
+            raise UserError(f"cmc: tail is {self.tail!r}; it must be published or leave")
         if any(layer < 0 for layer in self.skip_score_layers):
             raise UserError(f"cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
-        prefill.state["query"], prefill.state["score"] = [], []
+        prefill.state |= {"query": [], "score": [], "scored": []}
         prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
@@ -73,6 +78,7 @@ class Cmc(Method):
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         if head == 0:
             prefill.state["score"].append([])
+            prefill.state["scored"].append(layer)
         prefill.state["score"][-1].append(self._compensate(prefill, probabilities, self.score_threshold))
         return probabilities
 
@@ -83,8 +89,15 @@ class Cmc(Method):
         for name, layers in (("query_sparsity", state["query"]), ("attn_score_sparsity", state["score"])):
             record.details[name] = torch.tensor(layers)
             record.stats[name] = sum(map(sum, layers)) / max(1, sum(map(len, layers)))
+        tokens = prefill.grid.length
+        for layer, shares in enumerate(state["query"]):
+            for site in LINEAR_SITES:
+                prefill.record_rows(layer, site, tokens * (1 - record.stats["linear_sparsity"]))
+            prefill.record_rows(layer, "query", tokens * (1 - sum(shares) / len(shares)))
+        for layer, shares in zip(state["scored"], state["score"], strict=True):
+            prefill.record_rows(layer, "score", tokens * (1 - sum(shares) / len(shares)))
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         sparsities = (record.stats[f"{name}_sparsity"] for name in ("linear", "query", "attn_score"))
         left = cmc_operations(record.shape, record.grid.length, *sparsities)
         return 1 - left / dense_operations(record.shape, record.grid.length)
@@ -93,8 +106,10 @@ class Cmc(Method):
         match, itself = record.details["linear_match"].numpy(), np.arange(record.grid.length)
         size = record.grid.tokens_per_frame
         in_i_frame = (itself // size) % self.interval == self.i_frame
-        kind = np.select([match < 0, in_i_frame, match % size == itself % size], [0, 1, 2], 3)
+        kind = np.select([match == ZEROED, match < 0, in_i_frame, match % size == itself % size], [4, 0, 1, 2], 3)
         kinds = ("computed itself", "I-frame", "same place in the I-frame", "elsewhere in the I-frame")
+        if (match == ZEROED).any():
+            kinds = (*kinds, "zeroed: its interval has no I-frame")
         target = np.where(match < 0, itself, match)
         return Links("best I-frame match (linear layers)", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
@@ -108,7 +123,10 @@ class Cmc(Method):
     def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
         search = same_position if self.simplified else motion_search
         frame = prefill.grid.tokens_per_frame
-        return frame_matches(visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search)
+        return frame_matches(
+            visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
+            zero_tail=self.tail == "published",
+        )  # fmt: skip
 
     def _share(self, prefill: Prefill, match: Tensor) -> float:
         return replaced_share(match, prefill.grid.tokens_per_frame, interval=self.interval, i_frame=self.i_frame)

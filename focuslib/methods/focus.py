@@ -119,6 +119,6 @@ class Focus(Method):
         kept = most_important(importance, keep) + visual.start
         return hidden, torch.cat([rows[: visual.start], kept, rows[visual.stop :]])
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         left = concentrated_operations(record.shape, record.counts, sec_only=self.sec_only)
         return 1 - left / dense_operations(record.shape, record.grid.length)

@@ -81,7 +81,7 @@ class FrameFusion(Method):
         record.stats["kept"] = len(prefill.present) / prefill.grid.length
         record.details["merge_root"] = progress.root.cpu()
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
+    def table_two_sparsity(self, record: PrefillRecord) -> float:
         return 1 - self.cost
 
     def links(self, record: PrefillRecord) -> Links:

@@ -6,7 +6,7 @@ from focuslib.grid import VisualGrid
 
 def require_frames(method: str, grid: VisualGrid) -> None:
     """Raise InputError unless the visual tokens are two or more whole frames."""
-    if grid.num_frames < 2 or grid.tokens_per_frame < grid.height * grid.height_stride:
+    if grid.one_picture:
         raise InputError(f"{method}: the input has one frame; the method compares frames, so give it a video")
     if grid.length % grid.num_frames:
         raise InputError(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
+from focuslib.models.fingerprint import fingerprint
 from focuslib.models.layout import TokenLayout, rows_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 from focuslib.models.quantize import int8_config
@@ -45,14 +46,18 @@ class VLM:
 
     grid: the grid of the inputs that ran last or run now; the patch reads it.
     generation: arguments of generate that this model's published evaluation keeps.
-    unquantized: modules that quantization leaves alone: all but the language model's layers.
+    output_head: the module that quantization leaves alone. vision_modules: the tower and the projector.
     """
 
     name: ClassVar[str]
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
     generation: Mapping[str, Any] = MappingProxyType({})
-    unquantized: ClassVar[tuple[str, ...]]
+    output_head: ClassVar[str] = "lm_head"
+    vision_modules: ClassVar[tuple[str, ...]]
+
+    folder: Path | None = None  # of the checkpoint, where it was loaded from one
+    quantization: str | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
         self.model: Any = model.eval()  # whose attributes are its family's
@@ -74,19 +79,29 @@ class VLM:
     ) -> VLM:
         """Load a checkpoint folder or hub id (None: the published checkpoint).
 
-        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (the LLM in LLM.int8)
-        or what checkpoint.load_model takes. sampling: which frames of a video are seen.
+        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (LLM.int8 of every
+        linear layer but the output head, as published), "int8_llm" (of the language model alone) or what
+        checkpoint.load_model takes. sampling: which frames of a video are seen.
         options: of the family's `architecture`.
         Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
         """
-        if quantization == "int8":
-            quantization = int8_config(cls.unquantized)
+        config = quantization
+        if quantization in ("int8", "int8_llm"):
+            keep = cls.vision_modules if quantization == "int8_llm" else ()
+            config = int8_config((cls.output_head, *keep))
         folder = resolve_folder(pretrained or cls.checkpoint)
         architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
-        model = load_model(
-            folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=quantization
-        )
-        return cls(model, cls.load_tokenizer(folder), sampling or cls.default_sampling)
+        model = load_model(folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=config)
+        vlm = cls(model, cls.load_tokenizer(folder), sampling or cls.default_sampling)
+        vlm.folder, vlm.quantization = folder, str(quantization) if quantization else None
+        return vlm
+
+    def identity(self) -> list[str | None]:
+        """What decides an answer beside the prompt and the method: adapter, checkpoint's content, dtype, quantization,
+        frames.
+        """
+        content = fingerprint(self.folder) if self.folder else None
+        return [self.name, content, str(self.dtype), self.quantization, str(self.sampling)]
 
     @classmethod
     def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:

@@ -29,8 +29,11 @@ class Architecture:
     key_mapping: dict[str, str] | None = None
 
 
-def resolve_folder(pretrained: str | Path, download: bool = True) -> Path:
-    """The local folder of a checkpoint. Raises UserError if there is none. download: fetch what is not cached."""
+def resolve_folder(pretrained: str | Path, download: bool = False) -> Path:
+    """The local folder of a checkpoint. Raises UserError if there is none.
+
+    download: fetch from the hub what is not cached; without it nothing ever calls out.
+    """
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
         try:

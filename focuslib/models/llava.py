@@ -47,7 +47,7 @@ class Llava(VLM):
     stock_layout: whether checkpoints in the transformers layout are of this family (they pool like LLaVA-OneVision).
     """
 
-    unquantized = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
+    vision_modules = ("model.vision_tower", "model.multi_modal_projector")
     newline_position: ClassVar[str]
     stock_layout: ClassVar[bool]
 

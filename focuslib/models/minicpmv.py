@@ -34,7 +34,8 @@ class MiniCPMV(VLM):
 
     name = "minicpm_v"
     checkpoint = "openbmb/MiniCPM-V-2_6"
-    unquantized = ("llm.lm_head", "vpm", "resampler")
+    output_head = "llm.lm_head"
+    vision_modules = ("vpm", "resampler")
     default_sampling = FrameSampling(max_frames=64, per_second=1, centred=True)
     generation: Mapping[str, Any] = MappingProxyType({"repetition_penalty": 1.2, "pad_token_id": 0})
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
@@ -82,8 +83,16 @@ class Resampler(nn.Module):
         values = self.ln_kv(self.kv_proj(patches))
         positions = sine_cosine_positions(values.shape[-1], rows, columns).to(values)
         queries = self.ln_q(self.query).expand(len(values), -1, -1)
-        attended, _ = self.attn(queries, values + positions, values, need_weights=False)
-        return self.ln_post(attended) @ self.proj
+        return self.ln_post(self._attend(queries, values + positions, values)) @ self.proj
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What `self.attn` computes, but with its output projection called as a layer, which may be an 8-bit one."""
+        weights, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
+        split = [
+            F.linear(x, weight, bias).unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
+            for x, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
+        ]
+        return self.attn.out_proj(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
 
 
 def sine_cosine_positions(width: int, rows: int, columns: int) -> Tensor:

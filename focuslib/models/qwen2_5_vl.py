@@ -23,7 +23,7 @@ class Qwen25VL(VLM):
 
     name = "qwen2_5_vl"
     checkpoint = "Qwen/Qwen2.5-VL-7B-Instruct"
-    unquantized = ("lm_head", "model.visual")
+    vision_modules = ("model.visual",)
     default_sampling = FrameSampling(max_frames=1)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Operation counts of one prefill and the computation sparsity the paper reports (Table II, "Sparsity").
+"""Operation counts of one prefill: what every layer really computed, and the paper's convention (Table II, "Sparsity").
 
 Counts are multiplications (M·N·K a GEMM) over all layers, visual tokens only.
 """
@@ -6,6 +6,7 @@ Counts are multiplications (M·N·K a GEMM) over all layers, visual tokens only.
 from dataclasses import dataclass, field
 
 SITES = ("q_proj", "query", "o_proj", "gate_proj", "down_proj")
+LINEAR_SITES = ("q_proj", "o_proj", "gate_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class SiteCounts:
         """(similar + zero) / (S·V)."""
         return (self.zero + self.similar) / (tokens * self.vectors)
 
+    def rows(self, tokens: int) -> int:
+        """Vectors computed per vector column, rounded down: the number of GEMM rows."""
+        return int((tokens * self.vectors - self.zero - self.similar) / self.vectors)
+
 
 @dataclass
 class Counts:
@@ -99,27 +104,47 @@ def linear_operations(shape: DecoderShape) -> dict[str, int]:
 def dense_operations(shape: DecoderShape, tokens: int) -> int:
     """Operations of the dense model's prefill over `tokens` visual tokens, all layers."""
     linear = sum(linear_operations(shape).values())
-    return shape.layers * (tokens * linear + tokens**2 * shape.hidden)
+    return shape.layers * (tokens * linear + tokens**2 * shape.query_width)
 
 
-def concentrated_operations(shape: DecoderShape, counts: Counts, *, sec_only: bool = False) -> int:
-    """Operations left after concentration: computed vectors only; in SEC-only, computed tokens only."""
-    total = 0
-    for layer in counts.layers:
-        present = counts.tokens - layer["query"].empty_tokens
-        computed = {site: present if sec_only else _computed_rows(layer[site], counts.tokens) for site in SITES}
+def counted_operations(
+    shape: DecoderShape, attended: list[int], retained: list[int], rows: list[dict[str, float]]
+) -> float:
+    """Operations of a prefill, from what each layer really computed: one count for every method.
+
+    Parameters
+    ----------
+    attended, retained
+        Visual tokens that each layer's attention and each layer's MLP see.
+    rows
+        For each layer, the GEMM rows computed at a site where they are fewer than those tokens: at a linear site, for
+        the queries (`query`, a row of QKᵀ each) and for the attention matrix (`score`, a row of PV each). Keys and
+        values are those of all attended tokens. May be shorter than the layers.
+    """
+    total = 0.0
+    computed: dict[str, float]
+    for layer, (seen, left) in enumerate(zip(attended, retained, strict=True)):
+        computed = dict.fromkeys(("q_proj", "query", "score", "o_proj"), seen)
+        computed |= dict.fromkeys(("gate_proj", "down_proj"), left)
+        computed |= rows[layer] if layer < len(rows) else {}
         total += sum(computed[site] * cost for site, cost in linear_operations(shape).items())
-        total += (computed["query"] * present + present * present) * shape.hidden // 2
+        total += (computed["query"] + computed["score"]) * seen * shape.query_width / 2  # causal: half of each product
     return total
 
 
-def _computed_rows(site: SiteCounts, tokens: int) -> int:
-    """Vectors computed per vector column, rounded down: the number of GEMM rows."""
-    return int((tokens * site.vectors - site.zero - site.similar) / site.vectors)
+def concentrated_operations(shape: DecoderShape, counts: Counts, *, sec_only: bool = False) -> int:
+    """The paper's count of Focus (Table II): computed vectors only; in SEC-only, tokens that enter a layer only."""
+    total = 0
+    for layer in counts.layers:
+        present = counts.tokens - layer["query"].empty_tokens
+        computed = {site: present if sec_only else layer[site].rows(counts.tokens) for site in SITES}
+        total += sum(computed[site] * cost for site, cost in linear_operations(shape).items())
+        total += (computed["query"] * present + present * present) * shape.query_width // 2
+    return total
 
 
 def cmc_operations(shape: DecoderShape, tokens: int, linear: float, query: float, score: float) -> float:
-    """Operations left under CMC: each linear by its sparsity, QKᵀ by the query's, PV by the attention matrix's."""
-    attention = tokens**2 * shape.hidden / 2
+    """The paper's count of CMC: each linear by its sparsity, QKᵀ by the query's, PV by the attention matrix's."""
+    attention = tokens**2 * shape.query_width / 2
     linears = tokens * sum(linear_operations(shape).values())
     return shape.layers * (linears * (1 - linear) + attention * (1 - query) + attention * (1 - score))

@@ -202,6 +202,8 @@ class _LayerForward:
                  position_embeddings=None, **kwargs) -> Tensor:  # fmt: skip
         patch, layer, index = self.patch, self.layer, self.index
         hidden = patch.drop(patch.method.before_attention, index, hidden_states)
+        if patch.prefill is not None:
+            patch.prefill.record.attended.append(len(patch.prefill.present))
         residual = hidden
         hidden = patch.site(index, "q_proj", layer.input_layernorm(hidden))
         mask, position_ids, position_embeddings = self._present(

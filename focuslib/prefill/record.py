@@ -12,7 +12,7 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.kernels.similarity import ITSELF, ZERO
-from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts
+from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
 
@@ -20,7 +20,9 @@ from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 class PrefillRecord:
     """What a method did in one prefill.
 
-    retained: visual tokens each layer's MLP sees. kept: layer → positions after a drop there ([k] int64, CPU).
+    attended, retained: visual tokens that each layer's attention and each layer's MLP see.
+    rows: layer → site → GEMM rows really computed there, where they are fewer (see ops.counted_operations).
+    kept: layer → positions after a drop there ([k] int64, CPU).
     counts: vectors computed, similar and zero by layer and site (methods that record sites; else empty).
     codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     block: which candidates the codes count, as the method that recorded sites said.
@@ -29,7 +31,9 @@ class PrefillRecord:
 
     grid: VisualGrid
     shape: DecoderShape
+    attended: list[int] = field(default_factory=list)
     retained: list[int] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     counts: Counts = field(init=False)
     codes: TraceWriter | None = None
@@ -39,6 +43,12 @@ class PrefillRecord:
 
     def __post_init__(self):
         self.counts = Counts(self.grid.length)
+
+    @property
+    def computation_sparsity(self) -> float:
+        """1 − operations / dense operations, 0 … 1, from what each layer really computed (ops.counted_operations)."""
+        counted = counted_operations(self.shape, self.attended, self.retained, self.rows)
+        return 1 - counted / dense_operations(self.shape, self.grid.length)
 
     @property
     def left(self) -> Tensor:
@@ -76,6 +86,11 @@ class Prefill:
         self.present = self.present[visual]
         self.record.kept[layer] = self.present.cpu()
 
+    def record_rows(self, layer: int, site: str, rows: float) -> None:
+        """Say that a layer computes only so many GEMM rows at a site (see ops.counted_operations)."""
+        self.record.rows += [{} for _ in range(layer + 1 - len(self.record.rows))]
+        self.record.rows[layer][site] = rows
+
     def record_site(self, layer: int, site: str, codes: Tensor, block: BlockGeometry | None = None) -> None:
         """Count, and keep if a trace is recorded, the codes of the present visual tokens at a site ([P, V] uint8).
 
@@ -87,12 +102,13 @@ class Prefill:
         is_zero = codes == ZERO
         while len(self.record.counts.layers) <= layer:
             self.record.counts.layers.append({})
-        self.record.counts.layers[layer][site] = SiteCounts(
+        counts = self.record.counts.layers[layer][site] = SiteCounts(
             vectors=vectors,
             zero=int(is_zero.sum()) + absent * vectors,
             similar=int((~is_zero & (codes != ITSELF)).sum()),
             empty_tokens=int(is_zero.all(1).sum()) + absent,
         )
+        self.record_rows(layer, site, counts.rows(self.grid.length))
         if self.record.codes is not None:
             full = codes.new_full((self.grid.length, vectors), ZERO)
             full[self.present] = codes
@@ -145,9 +161,6 @@ class Events(Protocol):
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
 
-    def computation_sparsity(self, record: PrefillRecord) -> float:
-        """1 − operations / dense operations of a finished prefill."""
-
 
 @dataclass
 class Run:
@@ -165,8 +178,8 @@ class Run:
 
     @property
     def sparsity(self) -> float:
-        """Computation sparsity of the latest prefill, 0 … 1 (paper, Table II)."""
-        return self.method.computation_sparsity(self.last)
+        """Computation sparsity of the latest prefill, 0 … 1, counted from what each layer really computed."""
+        return self.last.computation_sparsity
 
     @property
     def trace(self) -> Trace:

@@ -9,7 +9,7 @@ from focuslib.report.figures import (
     site_sparsity_figure,
     trade_off_figure,
 )
-from focuslib.report.int8 import degradation_table, precision_table
+from focuslib.report.int8 import degradation_table, precision_table, write_int8_table
 from focuslib.report.tables import (
     CMC_SPARSITIES,
     accuracy_table,
@@ -50,5 +50,6 @@ __all__ = [
     "sweep_table",
     "trade_off_figure",
     "write_dse_tables",
+    "write_int8_table",
     "write_tables",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from focuslib.evaluation.statistics import mean_interval, paired_difference, proportion_interval
+from focuslib.evaluation.statistics import mean_interval, paired_difference
 from focuslib.experiments.paper import SweepPoint
 from focuslib.experiments.store import CellResult, Outcome, paired_scores
 from focuslib.paths import params_folder
@@ -41,10 +41,10 @@ def sweep_table(outcome: Outcome, points: list[SweepPoint], sweep: str) -> pd.Da
         samples = result.answered
         scores = [s["score"] for s in result.samples]
         comparable = sweep == "block_size" or point.accuracy.model == PUBLISHED_MODEL
-        low, high = proportion_interval(sum(scores), len(scores))
+        low, high = result.score_interval()
         rows.append({
             "Model": point.accuracy.model, "Dataset": point.accuracy.dataset, "Value": point.value,
-            "Questions": len(scores), "Score": result.score, "Low": 100 * low, "High": 100 * high,
+            "Questions": len(scores), "Score": result.score, "Low": low, "High": high, "Failed": len(result.failures),
             "Computation sparsity": 100 * mean_interval([s["computation_sparsity"] for s in samples])[0],
             "Computed vectors": mean_interval([s["computed_vectors"] for s in samples])[0],
             "Published score": published.get(point.value) if comparable else None,
@@ -140,7 +140,8 @@ def ablation_table(results: list[CellResult]) -> pd.DataFrame:
             if dense is not None and name != "dense":
                 difference, half = paired_difference(*paired_scores(dense, result))
             rows.append({
-                "Model": cell.model, "Dataset": cell.dataset, "Method": name, "Questions": len(result.samples),
+                "Model": cell.model, "Dataset": cell.dataset, "Method": name,
+                "Questions": len(result.samples), "Failed": len(result.failures),
                 "Score": result.score, "Difference": 100 * difference, "Difference ±": 100 * half,
                 "Operations (million)": left.mean() / 1e6,
                 "Operations left (%)": 100 * left.sum() / sum(s["dense_operations"] for s in samples),

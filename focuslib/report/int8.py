@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from focuslib.evaluation.statistics import mean_interval, paired_difference
-from focuslib.experiments.store import CellResult, paired_scores
-from focuslib.report.tables import published
+from focuslib.experiments.store import CellResult, Outcome, paired_scores
+from focuslib.report.tables import published, write_csv
 
 
 def degradation_table(results: list[CellResult]) -> pd.DataFrame:
@@ -30,7 +30,8 @@ def degradation_table(results: list[CellResult]) -> pd.DataFrame:
         sparsity, sparsity_half = _sparsity_change(base, result)
         row = {
             "Model": model, "Dataset": dataset, "Method": method, "Type": base.cell.dtype,
-            "Questions": len(result.samples), "Score": base.score, "Score INT8": result.score,
+            "Questions": len(result.samples), "Failed": len(result.failures) + len(base.failures),
+            "Score": base.score, "Score INT8": result.score,
             "Change": 100 * change, "Change ±": 100 * half,
         }  # fmt: skip
         if method != "dense":
@@ -42,6 +43,13 @@ def degradation_table(results: list[CellResult]) -> pd.DataFrame:
     columns = ["Sparsity change", "Sparsity change ±", "Published change", "Published sparsity change"]
     table = pd.DataFrame(rows)
     return table[[*(name for name in table if name not in columns), *(name for name in columns if name in table)]]
+
+
+def write_int8_table(outcome: Outcome) -> None:
+    """Write int8.csv: the scores in 8 bit and unquantised on the same questions, which may be fewer than all."""
+    table = degradation_table(outcome.results)
+    if not table.empty:
+        write_csv(table.round(2), outcome.folder / "int8.csv")
 
 
 def _sparsity_change(base: CellResult, other: CellResult) -> tuple[float, float]:

@@ -51,12 +51,15 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             "Dataset": cell.dataset,
             "Method": method_label(cell),
             "Questions": len(scores),
+            "Asked": asked(cell),
+            "Failed": len(result.failures),
             "Score": result.score,
             "Right": 100 * float(np.mean(scores)),
             "Low": 100 * low,
             "High": 100 * high,
             "Computation sparsity": 100 * sparsity,
             "Sparsity ±": 100 * sparsity_half,
+            "Table II sparsity": 100 * float(np.mean([_table_two(s) for s in result.answered])),
             "Tokens at the end": 100 * float(left),
         }
         base = dense.get((cell.model, cell.dataset))
@@ -67,17 +70,57 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
     return pd.DataFrame(rows)
 
 
+def _table_two(sample: dict) -> float:
+    """A sample's sparsity by the paper's convention."""
+    return sample.get("table_two_sparsity", sample["computation_sparsity"])
+
+
+def asked(cell: Cell) -> str:
+    """Which of a data set's questions a cell asks, in words."""
+    if cell.limit is None:
+        return "all"
+    return "the first, as published" if DATASETS[cell.dataset].stock else "a sample, kinds in proportion"
+
+
 def accuracy_table(results: list[CellResult]) -> pd.DataFrame:
-    """accuracy.csv: one row a (model, data set), one column a method, two decimals, empty where not run."""
+    """accuracy.csv: one row a (model, data set), one column a method, two decimals, empty where not run.
+
+    A row holds one set of questions, that of the cell with most; a method that was asked fewer is left to a table of
+    its own (int8.csv, comparison_matched.csv).
+    """
+    most: dict[tuple[str, str], set] = {}
+    shown = [r for r in results if r.cell.kind == "accuracy" and method_label(r.cell) in ACCURACY_COLUMNS]
+    for result in shown:
+        key = (result.cell.model, result.cell.dataset)
+        most[key] = max(most.get(key, set()), questions_of(result), key=len)
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for result in results:
-        column = ACCURACY_COLUMNS.get(method_label(result.cell))
-        if result.cell.kind == "accuracy" and column:
-            rows.setdefault((result.cell.model, result.cell.dataset), {})[column] = f"{result.score:.2f}"
+    for result in shown:
+        key = (result.cell.model, result.cell.dataset)
+        if questions_of(result) == most[key]:
+            rows.setdefault(key, {})[ACCURACY_COLUMNS[method_label(result.cell)]] = f"{result.score:.2f}"
     return pd.DataFrame(
         [{"Models": m, "Dataset": d, "Metric": "Acc.", **values} for (m, d), values in rows.items()],
         columns=["Models", "Dataset", "Metric", *ACCURACY_COLUMNS.values()],
     )
+
+
+def questions_of(result: CellResult) -> set[tuple[str, int]]:
+    """The questions that a cell asked."""
+    return {(sample["task"], sample["doc_id"]) for sample in result.samples}
+
+
+def failures_table(results: list[CellResult]) -> pd.DataFrame:
+    """failures.csv: the questions that could not be asked or answered; they count as wrong wherever they are scored."""
+    rows = [
+        {
+            "Kind": r.cell.kind, "Model": r.cell.model, "Dataset": r.cell.dataset, "Method": method_label(r.cell),
+            "Questions": len(r.samples), "Task": failure["task"], "Question": failure["doc_id"],
+            "Why": failure["error"],
+        }
+        for r in results
+        for failure in r.failures
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def sparsity_table(results: list[CellResult], method: str, columns: dict[str, str]) -> pd.DataFrame:
@@ -123,6 +166,7 @@ def write_tables(folder: Path) -> None:
         "cmc_sparsity": sparsity_table(results, "cmc", {name: name for name in CMC_SPARSITIES}),
         "comparison": comparison_table(results).round(2),
         "comparison_matched": comparison_table(results, "matched").round(2),
+        "failures": failures_table(results),
     }
     for name, table in tables.items():
         if not table.empty:
@@ -154,7 +198,7 @@ def beside_published(results: list[CellResult]) -> pd.DataFrame:
         "model": "Model", "dataset": "Dataset", "method": "Method", "accuracy": "Published score",
         "sparsity": "Published sparsity",
     })  # fmt: skip
-    columns = ["Model", "Dataset", "Method", "Score", "Computation sparsity"]
+    columns = ["Model", "Dataset", "Method", "Score", "Table II sparsity"]
     return ours[columns].merge(theirs, on=["Model", "Dataset", "Method"])
 
 
@@ -183,7 +227,7 @@ def layout_of_table_two(results: list[CellResult]) -> pd.DataFrame:
     theirs = published()
     rows: dict[tuple[str, str, str], dict[str, float]] = {}
     for _, row in ours.iterrows():
-        for kind, column in (("score", "Score"), ("sparsity", "Computation sparsity")):
+        for kind, column in (("score", "Score"), ("sparsity", "Table II sparsity")):
             rows.setdefault((row["Model"], row["Dataset"], kind), {})[row["Method"]] = row[column]
     for _, row in theirs.iterrows():
         for kind, column in (("score", "accuracy"), ("sparsity", "sparsity")):
@@ -250,7 +294,11 @@ def average_table(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the data sets, one row a (model, method), of a comparison table."""
     if table.empty:
         return table
-    columns = [c for c in ("Score", "Difference", "Computation sparsity", "Tokens at the end") if c in table]
+    columns = [
+        c
+        for c in ("Score", "Difference", "Computation sparsity", "Table II sparsity", "Tokens at the end")
+        if c in table
+    ]
     return table.groupby(["Model", "Method"], sort=False)[columns].mean().reset_index()
 
 

@@ -7,6 +7,7 @@ videos.
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -34,7 +35,7 @@ def version() -> str:
 
 
 def task_docs(task: str, split: str) -> list[dict]:
-    """The questions of one task and split, in clip order.
+    """The questions of one task and split, dealt so that every first so many hold each question type in proportion.
 
     Each is a dict of strings and one list: id, video (path relative to the built folder), question, options (four
     words), answer (a letter), answer_text, question_type. Every clip is asked one question of each type it allows;
@@ -67,7 +68,23 @@ def task_docs(task: str, split: str) -> list[dict]:
                         "question_type": pool[i].type,
                     }
                 )
-    return docs
+    return deal(docs, rng)
+
+
+def deal(docs: list[dict], rng: np.random.Generator) -> list[dict]:
+    """Shuffle questions so that a limit, which takes the first ones, is a stratified sample of their types.
+
+    Of a type that has n of N questions, the first k hold k·n / N, to within one.
+    """
+    counts = Counter(doc["question_type"] for doc in docs)
+    shuffled = [docs[i] for i in rng.permutation(len(docs))]
+    dealt: Counter[str] = Counter()
+    places = []
+    for doc in shuffled:
+        kind = doc["question_type"]
+        places.append(((dealt[kind] + 0.5) / counts[kind], kind))
+        dealt[kind] += 1
+    return [shuffled[i] for i in sorted(range(len(docs)), key=places.__getitem__)]
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:

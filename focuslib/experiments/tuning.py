@@ -1,0 +1,103 @@
+"""The searches behind a profile's settings, as its tuning.yaml lists them: run again, with a table of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from focuslib.errors import UserError
+from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
+from focuslib.paths import params_folder, read_yaml
+
+BISECT_TOLERANCE = 0.2  # points of counted sparsity
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Grid(_Strict):
+    """One grid search. method: the entry's name by default. fixed: settings that every combination has."""
+
+    method: str | None = None
+    datasets: list[str]
+    values: dict[str, list[Any]]
+    fixed: dict[str, Any] = Field(default_factory=dict)
+
+
+class Bisection(_Strict):
+    """One bisection to the target, data set by data set."""
+
+    setting: str
+    low: float
+    high: float
+    fixed: dict[str, Any] = Field(default_factory=dict)
+
+
+class Tuning(_Strict):
+    """A tuning.yaml. tolerance: points that a setting may lose to dense. target: counted sparsity in percent."""
+
+    model: str
+    checkpoint: str | None = None
+    limit: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    workers: int = 1
+    tolerance: float = 1.0
+    target: float = 60
+    datasets: list[str] = Field(default_factory=list)
+    grid: dict[str, Grid]
+    bisect: dict[str, Bisection]
+
+    def common(self) -> dict[str, Any]:
+        """What all cells have in common."""
+        return {name: getattr(self, name) for name in ("model", "checkpoint", "limit", "device", "dtype", "seed")}
+
+
+def read_tuning(profile: str) -> Tuning:
+    """A profile's tuning.yaml. Raises UserError in one line if it is not one."""
+    path = params_folder() / profile / "tuning.yaml"
+    try:
+        return Tuning.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}") from None
+
+
+def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
+    """Run every search of a profile; writes folder/tuning/<search>.csv each, and chosen.csv, which is returned.
+
+    chosen.csv has one row a search (and data set, for a bisection): its settings, its score, the difference to dense
+    and the counted sparsity. What is there from an earlier run is not run again.
+    """
+    tuning, target = read_tuning(profile), folder / "tuning"
+    target.mkdir(parents=True, exist_ok=True)
+    chosen = []
+    for name, grid in tuning.grid.items():
+        values = {**{key: [value] for key, value in grid.fixed.items()}, **grid.values}
+        table = grid_search(grid.method or name, values, grid.datasets, tuning.common(), folder, tuning.workers)
+        write(table, target / f"{name}.csv")
+        chosen.append({"Search": name, "Datasets": " ".join(grid.datasets), **best_row(table, tuning.tolerance)})
+    for name, bisection in tuning.bisect.items():
+        for dataset in tuning.datasets:
+            table = bisect_sparsity(
+                name, bisection.setting, bisection.low, bisection.high, tuning.target, bisection.fixed, [dataset],
+                tuning.common(), folder, tolerance=BISECT_TOLERANCE, workers=tuning.workers,
+            )  # fmt: skip
+            write(table, target / f"matched_{name}_{dataset.removesuffix('_tune')}.csv")
+            chosen.append({"Search": f"matched_{name}", "Datasets": dataset, **bisection.fixed, **table.iloc[0]})
+    result = pd.DataFrame(chosen)
+    write(result, target / "chosen.csv")
+    return result
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table atomically, scores and sparsities to four places."""
+    partial = path.with_name(f"{path.name}.partial")
+    table.round(4).to_csv(partial, index=False)
+    partial.replace(path)
