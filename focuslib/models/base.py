@@ -34,7 +34,12 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 class Inputs:
     """One prompt, ready for the model.
 
-    tensors: keyword arguments of the model's forward or generate. grid: where its visual tokens sit (None: no media).
+    Attributes
+    ----------
+    tensors
+        Keyword arguments of the model's forward or generate.
+    grid
+        Where its visual tokens sit; None: no media.
     """
 
     tensors: dict[str, Tensor]
@@ -77,13 +82,31 @@ class VLM:
         quantization: Any = None,
         **options: Any,
     ) -> VLM:
-        """Load a checkpoint folder or hub id (None: the published checkpoint).
+        """Load a checkpoint, without a network.
 
-        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (LLM.int8 of every
-        linear layer but the output head, as published), "int8_llm" (of the language model alone) or what
-        checkpoint.load_model takes. sampling: which frames of a video are seen.
-        options: of the family's `architecture`.
-        Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
+        Parameters
+        ----------
+        pretrained
+            A checkpoint folder, or a hub id in the cache; None: the published checkpoint.
+        dtype, device, device_map
+            See `checkpoint.load_model`.
+        sampling
+            Which frames of a video are seen; None: the published rule.
+        quantization
+            None, "int8" (LLM.int8 of every linear layer but the output head, as published), "int8_llm" (of the language
+            model alone), or a transformers quantization config.
+        options
+            Of the family's `architecture`.
+
+        Raises
+        ------
+        UserError
+            For a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
+
+        Examples
+        --------
+        >>> vlm = TinyOnevision.load()  # doctest: +SKIP
+        >>> vlm.generate("clip.mp4", "What happens?")  # doctest: +SKIP
         """
         config = quantization
         if quantization in ("int8", "int8_llm"):

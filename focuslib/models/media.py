@@ -22,10 +22,15 @@ FOLDER_FPS = 3.0  # frames a second of a folder of frames: that of MVBench's, th
 class FrameSampling:
     """Which frames of a video a model sees.
 
-    max_frames: the most frames taken; beyond it they are spread evenly from the first to the last.
-    per_second: candidates are taken at this rate (every round(fps / per_second)-th frame) and spread only if there are
-        more than max_frames. None: always max_frames, spread evenly (a shorter video repeats frames).
-    centred: spread over the candidates, each in the middle of its share of them, instead of from first to last frame.
+    Attributes
+    ----------
+    max_frames
+        The most frames taken; beyond it they are spread evenly from the first to the last.
+    per_second
+        Candidates are taken at this rate (every round(fps / per_second)-th frame) and spread only if there are more
+        than max_frames. None: always max_frames, spread evenly (a shorter video repeats frames).
+    centred
+        Spread over the candidates, each in the middle of its share of them, instead of from first to last frame.
     """
 
     max_frames: int

@@ -88,11 +88,11 @@ class Resampler(nn.Module):
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """What `self.attn` computes, but with its output projection called as a layer, which may be an 8-bit one."""
         weights, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
-        split = [
+        q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
             for x, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
-        ]
-        return self.attn.out_proj(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+        )
+        return self.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def sine_cosine_positions(width: int, rows: int, columns: int) -> Tensor:
