@@ -46,7 +46,7 @@ test-browser: $(DONE) ## test the explorer in headless Chromium (apt-get install
 	$(BIN)/python -m pytest tests/browser
 
 docs: $(DONE) ## build the documentation site, offline: build/site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/check_links.py build/site
 
 lab: $(DONE) ## open JupyterLab on the notebooks
