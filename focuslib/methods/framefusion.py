@@ -138,8 +138,8 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
     left = layers * cost - spent
     if left < 0:
         raise InputError(
-            f"method framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost {spent / layers:.3f} "
-            "while merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
+            f"method framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost "
+            f"{spent / layers:.3f} while merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
         )
     if len(shares) >= layers or present == 0:
         return 0.0
