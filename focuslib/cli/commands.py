@@ -3,6 +3,7 @@
 # A command imports what it needs when it runs, here alone in the package: so `focus --help` and the shell's completion
 # answer at once, and a command works without the extras that only others need.
 
+import math
 import os
 import shutil
 import sys
@@ -133,10 +134,10 @@ def tune(
 
     Score a grid of settings (--grid), or bisect one setting to a target computation sparsity (--bisect).
     """
-    from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
-
     if bool(grid) == bool(bisect):
         raise UsageError("give either --grid NAME=A,B,C or --bisect NAME=LOW,HIGH")
+    from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
+
     common = {
         "model": model, "checkpoint": checkpoint, "limit": limit, "device": device, "dtype": dtype, "seed": seed,
     }  # fmt: skip
@@ -145,7 +146,7 @@ def tune(
             raise UserError("--set goes with --bisect; with --grid give the value as a grid of one")
         values = {name: text.split(",") for name, text in (_assignment(text, "--grid") for text in grid)}
         table = grid_search(method, values, task, common, out, workers)
-        best = best_row(table, tolerance)
+        best = best_row(table, tolerance).to_dict()
         said = f"sparsest within {tolerance} points of dense" if best["Difference"] >= -tolerance else "best"
     else:
         if target_sparsity is None:
@@ -153,7 +154,7 @@ def tune(
         name, low, high = _bounds(str(bisect))
         fixed = dict(_assignment(text, "--set") for text in settings or [])
         table = bisect_sparsity(method, name, low, high, target_sparsity, fixed, task, common, out, workers=workers)
-        best, said = table.iloc[0], f"closest to {target_sparsity} %"
+        best, said = table.iloc[0].to_dict(), f"closest to {target_sparsity} %"
     print(table.to_string(index=False, float_format="%.4g"))
     print(f"{said}: " + ", ".join(f"{name} {value}" for name, value in best.items()))
     return 0
@@ -184,7 +185,8 @@ def lmms_eval(context: typer.Context) -> int:
     from focuslib.models import MODELS
 
     # lmms-eval reports a mistake in these with a traceback and exit status 0
-    given = dict(pair.partition("=")[::2] for pair in _value(context.args, "--model_args").split(",") if pair)
+    pairs = [pair.partition("=") for pair in _value(context.args, "--model_args").split(",") if pair]
+    given = {name: value for name, _, value in pairs}
     if _value(context.args, "--model") == "focuslib":
         pick(MODELS, given.pop("model", "tiny_onevision"), "model")
         own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size")
@@ -350,7 +352,7 @@ def hardware(
         scatter=scatter or None, corrected=corrected, model=model,
     )  # fmt: skip
     print(brief(table).to_string(index=False, na_rep=""))
-    if table["total_energy"].isna().any():
+    if any(math.isnan(energy) for energy in table["total_energy"]):
         print(f"note: {BUFFER_NOTE}")
     for line in [] if accelerator else missing_lines(source, model=model):
         print(line)
