@@ -18,3 +18,25 @@ def pick(table, name: str, kind: str):
     close = difflib.get_close_matches(str(name), list(table), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UserError(f"unknown {kind} {name!r}; {hint}one of {', '.join(sorted(table))}")
+
+
+# extra of pyproject.toml → the packages of it that are imported here; [lab] includes [eval]
+EXTRAS = {
+    "eval": ("datasets", "lmms_eval", "loguru", "pandas", "scipy"),
+    "lab": (
+        "IPython", "anywidget", "ipywidgets", "matplotlib", "nbclient", "nbconvert", "nbformat", "papermill", "seaborn",
+        "traitlets",
+    ),
+    "int8": ("bitsandbytes",),
+}  # fmt: skip
+
+
+def extra_of(error: ModuleNotFoundError) -> str | None:
+    """The extra that a missing package belongs to; None if it is of none, and so a fault rather than a choice."""
+    package = str(error.name).partition(".")[0].replace("-", "_")
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+
+
+def needs_extra(what: str, extra: str) -> UserError:
+    """The one line for something whose extra is not installed."""
+    return UserError(f"{what} needs the extra [{extra}]: pip install 'focuslib[{extra}]'")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import untrained_checkpoint, untrained_vlm
 
-from focuslib import report
 from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
@@ -25,6 +24,7 @@ from focuslib.prefill.ops import SITES, concentrated_operations
 from focuslib.prefill.trace import Trace
 from focuslib.report import dse as report_dse
 from focuslib.report import int8 as report_int8
+from focuslib.report import notebook as report
 from focuslib.report.html import write_report
 
 VIDEO = ["tinyvideo_attributes", "tinyvideo_motion"]

@@ -50,13 +50,15 @@ class FrameFusion(Method):
 
     def __post_init__(self):
         if not 0 < self.cost <= 1:
-            raise UserError(f"framefusion: cost is {self.cost}; it is a share of the dense model's and lies in (0, 1]")
+            raise UserError(
+                f"method framefusion: cost is {self.cost}; it is a share of the dense model's and lies in (0, 1]"
+            )
         if not -1 <= self.similarity_lower_bound <= 1:
             raise UserError(
-                f"framefusion: similarity_lower_bound is {self.similarity_lower_bound}; a cosine lies in -1 … 1"
+                f"method framefusion: similarity_lower_bound is {self.similarity_lower_bound}; a cosine lies in -1 … 1"
             )
         if not 0 <= self.ratio_lower_bound <= 1:
-            raise UserError(f"framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
+            raise UserError(f"method framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
@@ -136,8 +138,8 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
     left = layers * cost - spent
     if left < 0:
         raise InputError(
-            f"framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost {spent / layers:.3f} while "
-            "merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
+            f"method framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost "
+            f"{spent / layers:.3f} while merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
         )
     if len(shares) >= layers or present == 0:
         return 0.0

@@ -25,7 +25,7 @@ def make_method(name: str, settings: dict[str, Any] | None = None) -> Method:
         try:
             values[key] = _convert(value, kind)
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{name}: {key}={value!r} is not {_describe(kind)}") from error
+            raise UserError(f"method {name}: {key}={value!r} is not {_describe(kind)}") from error
     return method(**values)
 
 

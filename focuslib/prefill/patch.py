@@ -133,15 +133,15 @@ class _Patch:
             return
         if batch != 1:
             raise UserError(
-                f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)"
+                f"method {self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)"
             )
         if seen:
             raise UserError(
-                f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
+                f"method {self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
             )
         grid: VisualGrid | None = self.vlm.grid
         if grid is None or grid.stop > tokens:
-            raise UserError(f"{self.method.name}: the prompt has no visual tokens; give a video or an image")
+            raise UserError(f"method {self.method.name}: the prompt has no visual tokens; give a video or an image")
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
         self.method.begin(self.prefill, embeds[0])
 
