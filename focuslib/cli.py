@@ -275,7 +275,7 @@ def _verify(options: argparse.Namespace) -> int:
         fresh = results_folder("verify")
         if not options.resume:
             shutil.rmtree(fresh, ignore_errors=True)
-        if not reproduce(options.profile, changes={"profile": fresh.name}):
+        if not reproduce(options.profile, changes={"results": fresh.name}):
             return 1
     differences = compare_folder(expected, fresh)
     print("\n".join(differences) or f"the {len(expected)} tables of {fresh} are as expected within the tolerances")
