@@ -1,7 +1,7 @@
 """Where the project's own files are, and how its YAML is read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, path: Path) -> dict[str, Any]:
     """What `read_yaml` gives, of a text; path: the file it is from, for messages."""
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        value = yaml.load(text, _Loader)  # a safe one
         if not isinstance(value, dict):
             raise UserError("must hold names and values (name: value)")
         _check_plain(value)
@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
     Not the faster C loader: that one crashes the interpreter on deep nesting.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012  as in the base class
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -104,8 +104,8 @@ class _Loader(yaml.SafeLoader):
 
 def _check_plain(content: dict[str, Any]) -> None:
     """Refuse what no parameter is, and what could not be named in a message."""
-    left: list[tuple[str, Any, int]] = [("", content, 0)]
-    for count in range(_MOST_VALUES):
+    name, left = "", [("", content, 0)]
+    for _ in range(_MOST_VALUES):
         if not left:
             return
         name, value, depth = left.pop()
@@ -124,5 +124,5 @@ def _check_plain(content: dict[str, Any]) -> None:
         elif isinstance(value, int) and abs(value) >= _LARGEST:
             raise UserError(f"{name} holds {brief(value)}; write a smaller number")
         elif not isinstance(value, (str, int, float, type(None))):
-            raise UserError(f"{name} holds {brief(value)}; write a number, a word, true, false, null, or a list of such")
+            raise UserError(f"{name} holds {brief(value)}; write a number, a word, true, false or null")
     raise UserError(f"{name} holds more than {_MOST_VALUES} values; YAML references (&, *) multiply: write them out")

@@ -66,7 +66,7 @@ def explain(error: ValidationError, model: type[BaseModel], kind: str = "paramet
     if reason == "value_error":  # a validator's own words
         return f"{name} {context['error']}".strip()
     wanted = _WANTED[reason].format(**context) if reason in _WANTED else problem["msg"].removeprefix("Input should be ")
-    if len(place) == 1 and type(None) in get_args(model.model_fields[place[0]].annotation):
+    if len(place) == 1 and type(None) in get_args(model.model_fields[str(place[0])].annotation):
         wanted += " or null"
     return f"{name} is {brief(problem['input'])}; it must be {wanted}"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from focuslib.errors import UserError, pick
+from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.params import experiment_params
@@ -91,9 +92,7 @@ def expected_folder(profile: str) -> Path:
     return project_root() / "results" / "expected" / profile
 
 
-def plan(
-    experiment: str, profile: str, changes: dict[str, Any] | None = None
-) -> tuple[dict[str, Any], list[Cell]]:
+def plan(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[Cell]]:
     """An experiment's parameters, and its cells so far as they are known before it runs.
 
     Raises UserError, in one line that names the file, for any mistake in the parameters.
@@ -204,11 +203,10 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
 
 def _block(text: Any) -> dict[str, int]:
     """Settings of a block written 2x3x3 (frames, rows, columns)."""
-    frames, _, sides = str(text).partition("x")
-    side, _, again = sides.partition("x")
-    if not frames.isdigit() or not side.isdigit() or side != again:
-        raise UserError(f"block size {text!r}: write frames x side x side, such as 2x3x3")
-    return {"frame_block": int(frames), "block": int(side)}
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})x\2", str(text))
+    if not found:
+        raise UserError(f"block size {brief(text)}: write frames x side x side, such as 2x3x3")
+    return {"frame_block": int(found[1]), "block": int(found[2])}
 
 
 # sweep → the settings of Focus that a value of it stands for

@@ -44,7 +44,7 @@ class Results(Strict):
 
 
 class Experiment(Results):
-    """What every notebook with cells takes; its docstring is docs of the parameter files.
+    """What every notebook with cells takes.
 
     models, datasets, methods: names. checkpoints: model → folder or hub id, instead of the published one.
     limit: questions a data set, None for all. trace_samples: questions of which the median one's trace is kept.
