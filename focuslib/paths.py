@@ -65,12 +65,17 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}:{line} not valid YAML ({' '.join(problem.split())})") from error
+        raise UserError(f"{path}:{line} not valid YAML ({_folded(problem)})") from error
     except RecursionError:
         raise UserError(f"{path}: lists and mappings are nested too deeply; write them flat") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return value
+
+
+def _folded(problem: Any) -> str:
+    """What PyYAML or Python says, in one line."""
+    return " ".join(str(problem).split())[:200]
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,7 +95,7 @@ class _Loader(yaml.SafeLoader):
         except UserError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"line {node.start_mark.line + 1}: {brief(node.value)}: {error}") from error
+            raise UserError(f"line {node.start_mark.line + 1}: {brief(node.value)}: {_folded(error)}") from error
 
     def construct_mapping(self, node, deep=False):
         names = set()
@@ -104,7 +109,8 @@ class _Loader(yaml.SafeLoader):
 
 def _check_plain(content: dict[str, Any]) -> None:
     """Refuse what no parameter is, and what could not be named in a message."""
-    name, left = "", [("", content, 0)]
+    name = ""
+    left: list[tuple[str, Any, int]] = [(name, content, 0)]
     for _ in range(_MOST_VALUES):
         if not left:
             return
