@@ -1,6 +1,8 @@
 """The one exception a user's mistake or bad input raises: its message is the whole story, no traceback needed."""
 
 import difflib
+from collections.abc import Collection
+from typing import Any
 
 
 class UserError(ValueError):
@@ -15,9 +17,25 @@ def pick(table, name: str, kind: str):
     """table[name], or a UserError that names the known ones."""
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(str(name), list(table), n=1)
+    raise UserError(unknown(name, table, kind))
+
+
+def unknown(name: Any, known: Collection[str], kind: str) -> str:
+    """One line on a name that is not among the known ones, with the one that was perhaps meant."""
+    close = difflib.get_close_matches(str(name)[:80], known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"unknown {kind} {name!r}; {hint}one of {', '.join(sorted(table))}")
+    choice = f"one of {', '.join(sorted(known))}" if known else "there is none"
+    return f"unknown {kind} {brief(name)}; {hint}{choice}"
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, in one line of at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a huge {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 # extra of pyproject.toml → the packages of it that are imported here; [lab] includes [eval]

@@ -242,7 +242,7 @@ def verify(
         fresh = results_folder("verify")
         if not resume:
             shutil.rmtree(fresh, ignore_errors=True)
-        if not reproduce(profile, changes={"profile": fresh.name}):
+        if not reproduce(profile, changes={"results": fresh.name}):
             return 1
     differences = compare_folder(expected, fresh)
     print("\n".join(differences) or f"the {len(expected)} tables of {fresh} are as expected within the tolerances")
