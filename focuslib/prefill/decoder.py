@@ -40,17 +40,21 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_shape(decoder: nn.Module) -> DecoderShape:
-    """The dimensions of a decoder, from its config."""
+    """The dimensions of a decoder, from its config. Raises UserError if they differ by layer."""
     config = decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderShape(
-        layers=len(decoder.layers),
-        hidden=config.hidden_size,
-        mlp=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=head_dim,
-    )
+    try:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return DecoderShape(
+            layers=len(decoder.layers),
+            hidden=config.hidden_size,
+            mlp=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim,
+        )
+    except (AttributeError, RuntimeError) as error:  # transformers' own error for what differs is a RuntimeError
+        layer, reason = type(decoder.layers[0]).__name__, str(error).splitlines()[0]
+        raise UserError(f"{type(decoder).__name__}: its {layer}s do not share one shape: {reason}") from error
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from focuslib.errors import UserError
 
@@ -19,11 +19,34 @@ def padding_of(mask: Tensor | None) -> Tensor | None:
     return padding if bool(padding.any()) else None
 
 
+def full_mask(module: nn.Module, q: Tensor, mask: Tensor | None, implementation: str, arguments: dict) -> Tensor | None:
+    """What a layer's queries [1, H, T, d] see, [1, 1 or H, T, T]; None: the tokens up to themselves.
+
+    Without a mask sdpa is causal unless told otherwise, and eager attention sees everything.
+    """
+    causal = arguments.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is not None or (causal and implementation != "eager"):
+        return mask
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=q.device).expand(1, 1, q.shape[2], q.shape[2])
+
+
 def kept_mask(mask: Tensor | None, kept: Tensor) -> Tensor | None:
     """The mask among the tokens that are kept: [B, H, T, T] or [B, T], kept [K] int64."""
     if mask is None:
         return None
     return mask[..., kept] if mask.dim() == 2 else mask[..., kept, :][..., kept]
+
+
+def kept_deepstack(masks: Tensor, embeds: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The side inputs of a model that adds visual features after several layers (deepstack), for the tokens kept.
+
+    masks: [1, T] bool, the visual tokens. embeds: [V, D], a row for each of them. kept: [K] int64.
+    """
+    masks = masks.to(kept.device)
+    row = masks[0].cumsum(0) - 1
+    masks = masks[:, kept]
+    return masks, embeds[row[kept[masks[0]]].to(embeds.device)]
 
 
 @dataclass

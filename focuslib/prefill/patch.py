@@ -26,7 +26,7 @@ from focuslib.errors import UserError
 from focuslib.kernels.semantic import attention_rows
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
-from focuslib.prefill.masks import Origins, kept_mask, padding_of
+from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
 
@@ -51,6 +51,7 @@ class _Patch:
     """One installed method: the hooks, and the prefill or decoding step in progress.
 
     kinds: the kinds of layers that passed the self-check. rows: the layers whose attention rows did.
+    reached: whether the attention function was called since this was last set to False.
     origins: of the prompt in progress; in a decoding step, of its cache if tokens were dropped, else None.
     """
 
@@ -65,11 +66,12 @@ class _Patch:
         self.origins: Origins | None = None
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
+        self.reached = False
         self.implementation = decoder.config._attn_implementation
         if self.implementation == "flex_attention":
             raise UserError(f"{method.name}: flex_attention hides its masks; load with attn_implementation='sdpa'")
         self.base_attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(decoder))
-        self.base_mask = ALL_MASK_ATTENTION_FUNCTIONS[self.implementation]
+        self.base_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(self.implementation)
         self.configs: list[tuple[nn.Module, object]] = []  # module, its own config
 
     def attach(self, undo: ExitStack) -> None:
@@ -94,6 +96,10 @@ class _Patch:
                 hooks.append(linear.register_forward_pre_hook(_SiteHook(self, index, site)))
         for hook in hooks:
             undo.callback(hook.remove)
+        if hasattr(self.decoder, "_deepstack_process"):  # Qwen3-VL adds visual features after the first layers
+            own = self.decoder._deepstack_process
+            undo.callback(delattr, self.decoder, "_deepstack_process")
+            self.decoder._deepstack_process = partial(self._deepstack, own)
 
     def _route_attention(self, attentions: list[nn.Module], undo: ExitStack) -> None:
         """Send the decoder's attention through the patch: its modules get copies of their configs that say so.
@@ -103,7 +109,8 @@ class _Patch:
         # a name for each implementation: models of different ones may be patched at the same time
         name = f"focuslib_{self.implementation}"
         AttentionInterface.register(name, _attention)
-        AttentionMaskInterface.register(name, self.base_mask)
+        if self.base_mask is not None:
+            AttentionMaskInterface.register(name, self.base_mask)
         copies = {}
         for config in (self.decoder.config, *(attention.config for attention in attentions)):
             if id(config) not in copies:
@@ -193,6 +200,7 @@ class _Patch:
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         """The attention function during the block: the events, then the model's own implementation."""
         prefill, layer = self.prefill, module.layer_idx
+        self.reached = True
         if prefill is None:
             if self.origins is not None:
                 window = kwargs.get("sliding_window")
@@ -205,11 +213,18 @@ class _Patch:
             return self._explicit_attention(layer, q[0], k[0], v[0], scaling), None
         return self.base_attention(module, q, k, v, mask, **kwargs)
 
+    def _deepstack(self, own: Callable, hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
+        """The decoder's own addition of visual features, to the tokens that are left."""
+        if self.prefill is not None and self.prefill.kept is not None:
+            masks, embeds = kept_deepstack(masks, embeds, self.prefill.kept)
+        return own(hidden, masks, embeds)
+
     def _rows_mask(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
         """The mask for attention rows that are computed beside the model, [1 or H, T, T]; None: causal."""
         if module.layer_idx not in self.rows:
             check_rows(module, q, k, v, mask, self.base_attention, self.implementation, kwargs)
             self.rows.add(module.layer_idx)
+        mask = full_mask(module, q, mask, self.implementation, kwargs)
         return None if mask is None else mask[0]
 
     def _explicit_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -285,7 +300,14 @@ class _LayerForward:
             with patch.untouched(layer):
                 return self.own(*args, **kwargs)
 
-        check_layer(type(patch.vlm.model).__name__, layer, own, self._forward, hidden, arguments)
+        patch.reached = False
+        name = type(patch.vlm.model).__name__
+        check_layer(name, layer, own, self._forward, hidden, arguments)
+        if not patch.reached:
+            raise UserError(
+                f"{name}: {type(layer).__name__}: its {type(layer.self_attn).__name__} does not call one of "
+                "transformers' attention functions, so a method would see no queries"
+            )
         patch.prefill, patch.origins = prefill, origins
         patch.kinds.add(kind)
 
@@ -338,9 +360,10 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return _patches[module].attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_attention(decoder: nn.Module):
+def _eager_attention(decoder: nn.Module) -> Callable | None:
     """The eager attention of the decoder's own modelling file (eager is not in the registry)."""
-    return sys.modules[type(decoder.layers[0].self_attn).__module__].eager_attention_forward
+    files = (sys.modules[cls.__module__] for cls in type(decoder.layers[0].self_attn).__mro__)
+    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
 
 
 def _replace_forward(layer: nn.Module, make: Callable[[Callable], Callable], undo: ExitStack) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from focuslib.errors import UserError
 from focuslib.kernels.semantic import attention_rows
-from focuslib.prefill.masks import MASKED
+from focuslib.prefill.masks import MASKED, full_mask
 
 TOKENS = 8  # enough to tell two forwards apart, and nearly free
 CALLED = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -103,6 +103,7 @@ def check_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     q, k, v = q[:, :, -TOKENS:], k[:, :, -TOKENS:], v[:, :, -TOKENS:]
     mask = None if mask is None else mask[..., -TOKENS:, -TOKENS:]
     expected = base(module, q, k, v, mask, **arguments)[0][0].transpose(0, 1)  # [H, T, d]
+    mask = full_mask(module, q, mask, implementation, arguments)
     rows = torch.arange(q.shape[2], device=q.device)
     scaling = arguments.get("scaling") or q.shape[-1] ** -0.5
     weights = attention_rows(q[0], k[0], rows, scaling, None if mask is None else mask[0])
