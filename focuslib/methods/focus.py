@@ -110,8 +110,9 @@ class Focus(Method):
         queries = rows.view(tokens, heads, width).transpose(0, 1)
         if layer in self.selected_layers:
             visual = prefill.visual
-            importance = prompt_importance(queries, keys, visual.start, len(prefill.present), scaling)
-            prefill.state["importance"] = importance
+            prefill.state["importance"] = prompt_importance(
+                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
+            )
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -71,7 +71,8 @@ class FrameFusion(Method):
         progress = prefill.state["progress"]
         if progress.merging_done and not progress.pruning_done:
             last = torch.tensor([queries.shape[1] - 1], device=queries.device)
-            progress.importance = attention_rows(queries[:, last], keys, last, scaling).mean((0, 1))
+            rows = attention_rows(queries[:, last], keys, last, scaling, prefill.mask)
+            progress.importance = rows.mean((0, 1))
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

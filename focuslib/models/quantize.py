@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from focuslib.errors import needs_extra
-from focuslib.prefill.patch import find_decoder
+from focuslib.prefill.decoder import find_decoder
 
 
 def int8_config(keep: tuple[str, ...]) -> BitsAndBytesConfig:
