@@ -9,10 +9,27 @@ here calls them. A matching torchvision is left alone.
 import ctypes
 import importlib.util
 import pathlib
-
-import torch
+import sys
+from importlib.abc import MetaPathFinder
 
 _library = None  # the fragment must stay referenced: its schemas vanish with it
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    """Declares the operators just before the first import of torchvision.
+
+    To see whether they are missing takes torch, whose import is a second that `focus --help` need not wait for.
+    """
+
+    def find_spec(self, fullname, path=None, target=None) -> None:
+        if fullname == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            declare_missing_operators()
+
+
+def declare_before_import() -> None:
+    """Declare the operators, if they are missing, as soon as anything looks for torchvision."""
+    sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def _compiled_operators_load() -> bool:
@@ -32,6 +49,8 @@ def _compiled_operators_load() -> bool:
 def declare_missing_operators() -> None:
     """Declare the two operator schemas that `import torchvision` needs, if its own library cannot load."""
     global _library
+    import torch  # its libraries must be loaded before torchvision's can be
+
     if _library is not None or _compiled_operators_load():
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")

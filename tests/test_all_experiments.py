@@ -8,12 +8,11 @@ import pytest
 import torch
 from tiny_models import untrained_checkpoint, untrained_vlm
 
-from focuslib import report
 from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
 from focuslib.experiments.cell import make_cell
-from focuslib.experiments.params import read_params
+from focuslib.experiments.params import experiment_params, read_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import Outcome
 from focuslib.experiments.verify import compare_folder, compare_tables, expected_tables
@@ -25,6 +24,7 @@ from focuslib.prefill.ops import SITES, concentrated_operations
 from focuslib.prefill.trace import Trace
 from focuslib.report import dse as report_dse
 from focuslib.report import int8 as report_int8
+from focuslib.report import notebook as report
 from focuslib.report.html import write_report
 
 VIDEO = ["tinyvideo_attributes", "tinyvideo_motion"]
@@ -54,9 +54,9 @@ TRACES = [
 ]
 
 
-def parameters(name: str, checkpoint: str) -> dict:
-    params = read_params(project_root() / "params" / "laptop" / f"{name}.yaml")
-    params |= {"checkpoints": {"tiny_onevision": checkpoint}, "limit": 2, "trace_samples": 2, "workers": 1}
+def changes(name: str, checkpoint: str) -> dict:
+    """What replaces the laptop's parameters."""
+    params = {"checkpoints": {"tiny_onevision": checkpoint}, "limit": 2, "trace_samples": 2, "workers": 1}
     if name != "image":
         params["datasets"] = VIDEO
     if name == "dse":
@@ -72,14 +72,14 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     checkpoint = str(untrained_checkpoint(tmp_path_factory.mktemp("checkpoint")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "results_folder", lambda profile: folder)
+        patch.setattr(experiments, "results_folder", lambda name: folder)
         outcomes = {
-            name: getattr(experiments, f"run_{name}")(**parameters(name, checkpoint))
+            name: experiments.run(name, "laptop", changes(name, checkpoint))
             for name in ("main", "baselines", "dse", "int8", "image")
         }
     assert not any(outcome.failed for outcome in outcomes.values())
     report.write_tables(folder)
-    points = experiments.sweep_points(parameters("dse", checkpoint))
+    points = experiments.sweep_points(experiment_params("dse", "laptop", changes("dse", checkpoint)))
     report_dse.write_dse_tables(outcomes["dse"], points)
     return folder, outcomes, points
 
@@ -287,14 +287,13 @@ def test_the_report_is_one_page_without_a_network(done, tmp_path):
 
 
 def test_wrong_sweeps_are_one_line():
-    params = parameters("dse", "/nowhere")
     for sweeps, line in (
         ({"m_tiles": SWEEPS["m_tile_size"]}, "unknown sweep 'm_tiles'; did you mean m_tile_size"),
         ({"block_size": {"dataset": VIDEO[0], "values": ["2x3"]}}, "block size '2x3': write frames x side x side"),
         ({"m_tile_size": {"values": [1]}}, "m_tile_size must hold dataset and values"),
     ):
         with pytest.raises(UserError, match=line):
-            experiments.sweep_points({**params, "sweeps": sweeps})
+            experiments.plan("dse", "laptop", {"sweeps": sweeps})
 
 
 def test_matched_settings_can_differ_by_data_set():

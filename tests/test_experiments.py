@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import untrained_checkpoint
 
-from focuslib import cli, report
+from focuslib import cli
 from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.evaluation.settings import method_settings
@@ -18,6 +18,7 @@ from focuslib.experiments.store import claimed, collect, read_result, read_statu
 from focuslib.methods import METHODS
 from focuslib.models import TinyOnevision
 from focuslib.prefill.ops import SITES
+from focuslib.report import notebook as report
 
 COMMON = {
     "model": "tiny_onevision",

@@ -5,9 +5,11 @@ import papermill
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib.experiments.notebooks import EXPERIMENTS
-from focuslib.experiments.paper import planned_cells
-from focuslib.experiments.params import read_params
+from focuslib import report
+from focuslib.experiments import paper
+from focuslib.experiments.paper import plan, study_hardware
+from focuslib.experiments.params import EXPERIMENTS
+from focuslib.experiments.store import read_status
 from focuslib.paths import project_root
 
 ROOT = project_root()
@@ -35,10 +37,40 @@ def test_the_teaching_notebook_runs(tmp_path):
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_parameters_fit_their_notebook(experiment, profile):
-    params = read_params(ROOT / "params" / profile / f"{experiment}.yaml")
+    params, cells = plan(experiment, profile)
+    assert params["results"] == profile
+    assert cells if experiment != "hardware" else cells == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_notebook_restates_no_value(experiment):
+    """What it takes is the profile and changes to its file; Run All in JupyterLab runs the laptop's file as it is."""
     notebook = ROOT / "notebooks" / f"{experiment}.ipynb"
-    assert not set(params) - set(papermill.inspect_notebook(str(notebook)))
-    assert planned_cells(experiment, params)
+    found = papermill.inspect_notebook(str(notebook))
+    assert {name: found[name]["default"] for name in found} == {"profile": '"laptop"', "changes": "{}"}
+    assert f"params/<profile>/{experiment}.yaml" in found["changes"]["help"]
+
+
+def test_the_hardware_notebook_without_and_with_results(tmp_path, monkeypatch):
+    """Without a run of the profile the paper's part stands alone, and a line says what to run."""
+    results = tmp_path / "results"
+    monkeypatch.setattr(paper, "results_folder", lambda name: results)
+    assert study_hardware("laptop").ours.empty
+    status = read_status(results, "hardware")
+    assert status["complete"] and "no meta_data.csv; run the main notebook" in status["text"]
+    outcome = paper.run("main", "laptop", {
+        "checkpoints": {"tiny_onevision": str(untrained_checkpoint(tmp_path / "checkpoint"))},
+        "datasets": ["tinyvideo_motion"], "limit": 1, "trace_samples": 1, "write_pth": False, "workers": 1,
+    })  # fmt: skip
+    report.write_tables(outcome.folder)
+    study = study_hardware("laptop", {"accelerators": ["dense", "focus"]})
+    assert list(study.ours["accelerator"]) == ["dense", "focus"]
+    assert (results / "hardware" / "main_focus.csv").is_file()
+    for path in (results / "cells").glob("*.trace"):
+        path.unlink()
+    study = study_hardware("laptop")
+    assert list(study.ours["accelerator"]) == ["dense"]
+    assert "focus left out" in read_status(results, "hardware")["text"]
 
 
 def test_committed_notebooks_carry_no_output():

@@ -10,7 +10,7 @@ from torch import nn
 
 from focuslib.grid import VisualGrid
 from focuslib.methods import Adaptiv, Cmc, Dense, Focus, FrameFusion
-from focuslib.prefill.patch import find_decoder
+from focuslib.prefill.decoder import find_decoder
 
 SMALL = {"selected_layers": (1, 3, 5), "retention": (0.6, 0.4, 0.2), "vector_size": 16, "m_tile": 64}
 ACTING = (
@@ -107,8 +107,7 @@ def test_cached_decoding_equals_recomputation(vlm, sec_only):
     inputs = vlm.prepare(clip(), "What moves?")
     prompt = inputs.tensors["inputs_embeds"]
     vlm.model.generation_config.eos_token_id = None  # always sixteen tokens
-    with Focus(**SMALL, sec_only=sec_only)(vlm) as run:
-        vlm.grid = inputs.grid
+    with Focus(**SMALL, sec_only=sec_only)(vlm) as run, vlm.running(inputs):
         cached = vlm.model.generate(
             **inputs.tensors, do_sample=False, max_new_tokens=16, output_logits=True, return_dict_in_generate=True
         )
@@ -118,7 +117,7 @@ def test_cached_decoding_equals_recomputation(vlm, sec_only):
     replay = Replay(**SMALL, sec_only=sec_only, kept=run.last.kept)
     for step in range(16):
         embeds = torch.cat([prompt, vlm.model.get_input_embeddings()(ids[:step])[None]], 1)
-        with replay(vlm):
+        with replay(vlm), vlm.running(inputs):
             logits = vlm.model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
         torch.testing.assert_close(logits, cached.logits[step][0], rtol=0, atol=1e-4)
         assert logits.argmax() == ids[step]
@@ -129,8 +128,7 @@ def test_cached_decoding_equals_recomputation_after_a_merge_before_the_first_lay
     inputs = vlm.prepare(clip(), "What moves?")
     prompt, method = inputs.tensors["inputs_embeds"], Adaptiv(threshold=0.2)
     vlm.model.generation_config.eos_token_id = None
-    with method(vlm) as run:
-        vlm.grid = inputs.grid
+    with method(vlm) as run, vlm.running(inputs):
         cached = vlm.model.generate(
             **inputs.tensors, do_sample=False, max_new_tokens=16, output_logits=True, return_dict_in_generate=True
         )
@@ -139,7 +137,7 @@ def test_cached_decoding_equals_recomputation_after_a_merge_before_the_first_lay
     for step in range(16):  # which tokens are merged does not depend on the text
         embeds = torch.cat([prompt, vlm.model.get_input_embeddings()(ids[:step])[None]], 1)
         positions = torch.arange(embeds.shape[1])[None]
-        with method(vlm):
+        with method(vlm), vlm.running(inputs):
             logits = vlm.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0, -1]
         torch.testing.assert_close(logits, cached.logits[step][0], rtol=0, atol=1e-4)
         assert logits.argmax() == ids[step]
@@ -172,9 +170,8 @@ def test_nesting_is_refused(vlm, method):
 
 def test_batches_are_refused(vlm):
     inputs = vlm.prepare(clip(), "What moves?")
-    vlm.grid = inputs.grid
     two = inputs.tensors["inputs_embeds"].repeat(2, 1, 1)
-    with Focus(**SMALL)(vlm), pytest.raises(ValueError, match="batch size is 2"):
+    with Focus(**SMALL)(vlm), vlm.running(inputs), pytest.raises(ValueError, match="batch size is 2"):
         vlm.model(inputs_embeds=two)
 
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset as Table
 from PIL import Image
 
-from focuslib import cli, report
+from focuslib import cli
 from focuslib.errors import UserError
 from focuslib.evaluation import evaluate, lmms
 from focuslib.evaluation.datasets import DATASETS
@@ -21,6 +21,7 @@ from focuslib.experiments.runner import run_cells
 from focuslib.methods import Dense, Focus, FrameFusion
 from focuslib.models import MODELS, load_vlm
 from focuslib.paths import project_root
+from focuslib.report import notebook as report
 
 COMMON = {"device": "cpu", "dtype": "float32", "seed": 0}
 # each model, each data set and each method at least once; `make smoke` runs all that the paper pairs

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib import report
 from focuslib.evaluation import journal
 from focuslib.experiments.cell import make_cell
 from focuslib.experiments.runner import run_cells
 from focuslib.experiments.store import collect, read_result
 from focuslib.models import TinyOnevision
 from focuslib.prefill.trace import Trace
+from focuslib.report import notebook as report
 
 SMALL = {"selected_layers": [1, 3, 5], "retention": [0.6, 0.4, 0.2], "vector_size": 16, "m_tile": 64}
 QUESTIONS = 4

@@ -1,12 +1,16 @@
 """The native trace: lossless, small, bounded in memory, safe against broken files; and the simulator's file."""
 
+import dataclasses
 import json
+import os
 import resource
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +22,11 @@ from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, resolve_pointers
 from focuslib.prefill.ops import SITES
-from focuslib.prefill.trace import MAGIC, Trace, TraceWriter
+from focuslib.prefill.trace import Trace, TraceWriter
+from focuslib.prefill.trace_file import write_codes, write_index
+from focuslib.prefill.trace_v1 import MAGIC
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @st.composite
@@ -135,9 +143,10 @@ def test_every_cut_and_every_flipped_byte_is_noticed(tmp_path):
             assert torch.equal(read[kind][site], expected[kind][site])  # a changed number of the grid is still a grid
 
 
-def forged(path, changes: dict, data: bytes = b"", vectors: int = 3) -> None:
-    """A file whose index is what a forger likes; every record is `data`."""
-    record = {"vectors": vectors, "layers": [[0, len(data), zlib.crc32(data)]]}
+def forged_v1(path, changes: dict, data: bytes) -> None:
+    """A file whose index is what a forger likes; every record is `data`, compressed."""
+    data = zlib.compress(data)
+    record = {"vectors": 3, "layers": [[0, len(data), zlib.crc32(data)]]}
     index = {
         "grid": small_trace().grid.to_dict(), "frame_block": 2, "block": 2, "max_doublings": None,
         "records": {site: record for site in SITES}, **changes,
@@ -146,44 +155,166 @@ def forged(path, changes: dict, data: bytes = b"", vectors: int = 3) -> None:
     path.write_bytes(data + text + struct.pack("<Q", len(text)) + MAGIC)
 
 
+def forged_zip(path, changes: dict, data: bytes) -> None:
+    """The same as a zip archive, in which every check sum is right."""
+    with zipfile.ZipFile(path, "w") as archive:
+        crcs = [write_codes(archive, site, 0, data) for site in SITES]
+        index = {
+            "grid": small_trace().grid.to_dict(), "frame_block": 2, "block": 2, "max_doublings": None,
+            "sites": {site: {"vectors": 3, "layers": [crc]} for site, crc in zip(SITES, crcs, strict=True)}, **changes,
+        }  # fmt: skip
+        write_index(archive, index)
+
+
+BOTH = pytest.mark.parametrize("forged", [forged_v1, forged_zip])
+
+
+@BOTH
 @pytest.mark.parametrize(
     "changes",
     [
         {"grid": {}},
         {"grid": {**small_trace().grid.to_dict(), "length": 1 << 40}},
         {"grid": {**small_trace().grid.to_dict(), "length": True}},
+        {"grid": {**small_trace().grid.to_dict(), "l\ngth": 8}},
         {
             "frame_block": 10**9,
             "block": 10**9,
             "grid": {**small_trace().grid.to_dict(), "height": 10**9, "width": 10**9},
         },
         {"block": "2"},
-        {"records": {site: {"vectors": 3, "layers": [[0, 1 << 39, 0]]} for site in SITES}},
-        {"records": {site: {"vectors": 1 << 39, "layers": [[0, 0, 0]]} for site in SITES}},
-        {"records": {site: {"vectors": 3, "layers": []} for site in SITES}},
-        {"records": []},
         {"max_doublings": -1},
     ],
 )
-def test_a_forged_index_is_refused(tmp_path, changes):
-    forged(tmp_path / "a.trace", changes, zlib.compress(bytes(24)))
+def test_a_forged_geometry_is_refused(tmp_path, forged, changes):
+    forged(tmp_path / "a.trace", changes, bytes(24))
+    with pytest.raises(UserError, match=r"not a whole trace file .*\Z"):
+        Trace.load(tmp_path / "a.trace").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("forged", "changes"),
+    [
+        (forged_v1, {"records": {site: {"vectors": 3, "layers": [[0, 1 << 39, 0]]} for site in SITES}}),
+        (forged_v1, {"records": {site: {"vectors": 3, "layers": [[-8, 8, 0]]} for site in SITES}}),
+        (forged_v1, {"records": {site: {"vectors": 1 << 39, "layers": [[0, 0, 0]]} for site in SITES}}),
+        (forged_v1, {"records": {site: {"vectors": 3, "layers": []} for site in SITES}}),
+        (forged_v1, {"records": []}),
+        (forged_zip, {"sites": {site: {"vectors": 1 << 39, "layers": [0]} for site in SITES}}),
+        (forged_zip, {"sites": {site: {"vectors": 3, "layers": []} for site in SITES}}),
+        (forged_zip, {"sites": {site: {"vectors": 3, "layers": {"0": 0}} for site in SITES}}),
+        (forged_zip, {"sites": {site: {"vectors": 3, "layers": [0, 0]} for site in SITES}}),
+        (forged_zip, {"sites": {"q_proj": {"vectors": 3, "layers": [0]}}}),
+        (forged_zip, {"sites": []}),
+        (forged_zip, {"format": 3}),
+        (forged_zip, {"dtype": "int8"}),
+        (forged_zip, {"more": [0] * (1 << 21)}),
+    ],
+)
+def test_a_forged_index_is_refused(tmp_path, forged, changes):
+    forged(tmp_path / "a.trace", changes, bytes(24))
     with pytest.raises(UserError, match="not a whole trace file"):
         Trace.load(tmp_path / "a.trace").to_dict()
 
 
-def test_a_decompression_bomb_is_not_unpacked(tmp_path):
-    forged(tmp_path / "a.trace", {}, zlib.compress(bytes(1 << 28)))
+@BOTH
+def test_a_decompression_bomb_is_not_unpacked(tmp_path, forged):
+    forged(tmp_path / "a.trace", {}, bytes(1 << 28))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="not 8 × 3 codes"):
         Trace.load(tmp_path / "a.trace").to_dict()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
+@BOTH
 @pytest.mark.parametrize("code", [1, 7, 8, 254])
-def test_impossible_codes_are_refused(tmp_path, code):
-    forged(tmp_path / "a.trace", {}, zlib.compress(bytes([code]) + bytes(23)))
+def test_impossible_codes_are_refused(tmp_path, forged, code):
+    forged(tmp_path / "a.trace", {}, bytes([code]) + bytes(23))
     with pytest.raises(UserError, match="a vector follows"):
         Trace.load(tmp_path / "a.trace").to_dict()
+
+
+def golden_trace() -> Trace:
+    """tests/golden/trace_v1.trace: every layer and site another; the second frame follows the first."""
+    codes = {}
+    for skip, site in enumerate(SITES, 2):
+        place = torch.arange(8 * skip).view(8, skip) + torch.arange(2)[:, None, None]  # [2, 8, V]
+        follows = torch.where(torch.arange(8)[:, None] < 4, ITSELF, 4)
+        codes[site] = torch.where(place % (skip + 1) == 0, ZERO, follows).to(torch.uint8)
+    return Trace(VisualGrid(0, 8, 2, 2, 2, 4, 2), codes, 2, 2, 3)
+
+
+def test_the_first_format_is_read_and_becomes_the_present_one(tmp_path):
+    old = Trace.load(GOLDEN / "trace_v1.trace")
+    golden_trace().save(tmp_path / "new.trace")
+    old.save(tmp_path / "old.trace")
+    assert (tmp_path / "old.trace").read_bytes() == (tmp_path / "new.trace").read_bytes()
+    new = Trace.load(tmp_path / "old.trace")
+    for read in (old, new):
+        assert (read.grid, read.frame_block, read.block, read.max_doublings) == (golden_trace().grid, 2, 2, 3)
+        for site in SITES:
+            assert torch.equal(torch.stack(list(read.codes[site])), golden_trace().codes[site])
+        assert_same(read.to_dict(), golden_trace().to_dict())
+
+
+def test_a_changed_trace_is_written_as_changed(tmp_path):
+    golden_trace().save(tmp_path / "a.trace")
+    for changes in ({"block": 1}, {"max_doublings": 0}, {"codes": {site: small_trace().codes[site] for site in SITES}}):
+        changed = dataclasses.replace(Trace.load(tmp_path / "a.trace"), **changes)
+        changed.save(tmp_path / "b.trace")
+        read = Trace.load(tmp_path / "b.trace")
+        assert (read.block, read.max_doublings) == (changed.block, changed.max_doublings)
+        assert torch.equal(read.codes["query"][1], changed.codes["query"][1])
+
+
+def test_a_native_file_is_an_ordinary_archive(tmp_path):
+    golden_trace().save(tmp_path / "a.trace")
+    with zipfile.ZipFile(tmp_path / "a.trace") as archive:
+        assert archive.testzip() is None
+        assert archive.read("down_proj/001.u8") == golden_trace().codes["down_proj"][1].numpy().tobytes()
+        index = json.loads(archive.read("index.json"))
+        assert index["format"] == 2 and index["grid"] == golden_trace().grid.to_dict()
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}
+
+
+WRITE = """
+import sys
+sys.path.append("tests")
+from test_trace import golden_trace
+golden_trace().save(sys.argv[1])
+golden_trace().save_pth(sys.argv[2])
+"""
+
+
+def test_bytes_are_the_same_in_every_process(tmp_path):
+    """Paths may be strings."""
+    for seed in ("1", "2"):
+        paths = [str(tmp_path / f"{seed}.trace"), str(tmp_path / f"{seed}.pth")]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": f"UTC{seed}"}
+        subprocess.run([sys.executable, "-c", WRITE, *paths], cwd=GOLDEN.parents[1], env=environment, check=True)
+    for ending in ("trace", "pth"):
+        assert (tmp_path / f"1.{ending}").read_bytes() == (tmp_path / f"2.{ending}").read_bytes()
+    assert_same(Trace.load(str(tmp_path / "1.trace")).to_dict(), golden_trace().to_dict())
+    assert zipfile.ZipFile(tmp_path / "1.pth").testzip() is None
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    golden_trace().save(tmp_path / "a.trace")
+    before = (tmp_path / "a.trace").read_bytes()
+    codes = golden_trace().codes
+    with pytest.raises(UserError, match="record uint8"):
+        dataclasses.replace(golden_trace(), codes={**codes, "query": codes["query"].long()}).save(tmp_path / "a.trace")
+    assert (tmp_path / "a.trace").read_bytes() == before
+
+
+def test_a_site_that_lacks_layers_is_named():
+    writer, trace = TraceWriter(), small_trace()
+    for layer, site in product(range(2), SITES[1:]):
+        writer.add(layer, site, trace.codes[site][layer])
+    with pytest.raises(UserError, match="q_proj was recorded in 0 of 2 layers"):
+        writer.read(trace.grid, 2, 2, None)
+    with pytest.raises(UserError, match=r"query in layer 2 are torch.int64 \[8, 3\]; record uint8"):
+        writer.add(2, "query", trace.codes["query"][0].long())
 
 
 def test_other_files_are_refused(tmp_path):
@@ -203,6 +334,7 @@ import torch
 from focuslib.grid import VisualGrid
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.trace import Trace, TraceWriter
+from focuslib.prefill.trace_file import write_codes, write_index
 torch.set_num_threads(1)
 layers, folder = int(sys.argv[1]), Path(sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

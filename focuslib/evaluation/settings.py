@@ -1,50 +1,79 @@
 """The methods' hyper-parameters by model and data set, from params/methods.yaml."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from focuslib.errors import UserError, pick
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.methods import METHODS
+from focuslib.methods.settings import typed_settings
 from focuslib.models import MODELS
-from focuslib.paths import params_folder, read_yaml
+from focuslib.paths import params_folder, parse_yaml, read_text
+from focuslib.validation import explain
+
+
+class Entry(BaseModel):
+    """Settings of a method (any other names), and where they hold: models, datasets; None for all."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    models: list[str] | None = None
+    datasets: list[str] | None = None
 
 
 def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
-    """The hyper-parameters of a method for a model and data set, from params/methods.yaml."""
-    content = _methods_file(path or params_folder() / "methods.yaml")
-    return matching_settings(content.get(method) or [], model, dataset)
+    """The hyper-parameters of a method for a model and data set, from params/methods.yaml.
+
+    Raises UserError for any mistake in the file: a misspelt name would silently match nothing.
+    """
+    return matching_settings(methods_file(path).get(method, []), model, dataset)
 
 
-def _methods_file(path: Path) -> dict[str, Any]:
-    """params/methods.yaml, its names checked: a misspelt one would silently match nothing."""
-    content = read_yaml(path)
+def methods_file(path: Path | None = None) -> dict[str, list[Entry]]:
+    """params/methods.yaml, or another such file, checked: method → its entries."""
+    path = path or params_folder() / "methods.yaml"
+    return _parsed(path, read_text(path))
+
+
+@lru_cache(maxsize=4)  # every cell asks
+def _parsed(path: Path, text: str) -> dict[str, list[Entry]]:
+    content = parse_yaml(text, path)
     try:
-        for method, entries in content.items():
-            pick(METHODS, method, "method")
-            for entry in entries or []:
-                for kind, table in (("models", MODELS), ("datasets", DATASETS)):
-                    names = entry.get(kind, [])
-                    if not isinstance(names, list):
-                        raise UserError(f"{method}: {kind} is {names!r}; it must be a list")
-                    for name in names:
-                        pick(table, name, kind.removesuffix("s"))
+        return {method: checked_entries(method, entries or []) for method, entries in content.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return content
 
 
-def matching_settings(entries: list[dict[str, Any]], model: str, dataset: str) -> dict[str, Any]:
-    """The settings for a model and data set in a list like those of methods.yaml: a later entry that matches wins.
-
-    An entry matches the `models` and `datasets` it names, or all. Raises UserError if it is no such list.
-    """
+def checked_entries(method: str, entries: list[dict[str, Any]]) -> list[Entry]:
+    """A list like those of methods.yaml, all names and types checked. Raises UserError."""
+    pick(METHODS, method, "method")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"settings {entries!r} must be a list of entries, such as - {{threshold: 0.5}}")
+        raise UserError(f"{method}: settings {brief(entries)} must be a list of entries, such as - {{threshold: 0.5}}")
+    return [_checked(method, entry, f"{method}: entry {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
+    try:
+        entry = Entry.model_validate(content)
+        for name in entry.models or []:
+            pick(MODELS, name, "model")
+        for name in entry.datasets or []:
+            pick(DATASETS, name, "dataset")
+        typed_settings(method, entry.model_extra)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, Entry)}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return entry
+
+
+def matching_settings(entries: list[Entry], model: str, dataset: str) -> dict[str, Any]:
+    """The settings for a model and data set: an entry matches the models and data sets it names, the last one wins."""
     settings: dict[str, Any] = {}
     for entry in entries:
-        entry = dict(entry)
-        models, datasets = entry.pop("models", None), entry.pop("datasets", None)
-        if (models is None or model in models) and (datasets is None or dataset in datasets):
-            settings.update(entry)
+        if (entry.models is None or model in entry.models) and (entry.datasets is None or dataset in entry.datasets):
+            settings.update(entry.model_extra)
     return settings

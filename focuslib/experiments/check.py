@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,12 +15,12 @@ from focuslib.errors import UserError, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.sources import sources
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.notebooks import EXPERIMENTS
-from focuslib.experiments.paper import planned_cells
-from focuslib.experiments.params import read_params
+from focuslib.experiments.paper import plan
+from focuslib.experiments.params import EXPERIMENTS, Count
 from focuslib.models import MODELS
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
-from focuslib.paths import project_root, read_yaml
+from focuslib.paths import params_folder, read_yaml
+from focuslib.validation import Strict, validate
 
 PUBLISHED_GPU_GB = 80  # the paper's hours and settings are of such a card
 WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
@@ -48,16 +49,15 @@ class Pair:
 
 def check_profile(profile: str) -> list[Pair]:
     """All pairs of a profile's experiments, in order. Raises UserError for faulty parameter files."""
-    root = project_root()
-    files = {name: root / "params" / profile / f"{name}.yaml" for name in EXPERIMENTS}
-    files = {name: file for name, file in files.items() if file.is_file()}
-    if not files:
-        raise UserError(f"{root / 'params' / profile}: no such profile")
-    costs = _Costs(root / "params" / "published")
+    folder = params_folder() / profile
+    experiments = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").is_file()]
+    if not experiments:
+        raise UserError(f"{folder}: no such profile")
+    costs = _Costs()
     look_up = cache(weights), cache(data), cache(device)  # a model or data set is in many cells
     pairs: dict[tuple[str, str], Pair] = {}
-    for experiment, file in files.items():
-        for cell in planned_cells(experiment, read_params(file)):
+    for experiment in experiments:
+        for cell in plan(experiment, profile)[1]:
             key = (cell.model, cell.dataset)
             if key not in pairs:
                 names = (cell.model, cell.checkpoint), (cell.dataset,), (cell.device,)
@@ -152,8 +152,8 @@ def cost(pairs: list[Pair]) -> str:
     hours = sum(sum(pair.hours.values()) for pair in pairs)
     if not hours:
         return "no cost is published for this profile"
-    others = read_yaml(project_root() / "params" / "published" / "cost.yaml")["others"]
-    beside = ", ".join(f"{name} {hours} h" for name, hours in others.items())
+    others = published_cost()["others"]
+    beside = ", ".join(f"{name} {hours:g} h" for name, hours in others.items())
     return f"published cost on one {PUBLISHED_GPU_GB} GB GPU: accuracy {hours:.0f} h; all of the paper's {beside}"
 
 
@@ -175,14 +175,29 @@ def _videos(dataset: str) -> Iterator[Path]:
         logger.enable("")
 
 
+class PublishedCost(Strict):
+    """Hours by method, in full precision and in 8 bit, and of other experiments; questions by data set."""
+
+    hours: dict[str, float]
+    int8_hours: dict[str, float]
+    others: dict[str, float]
+    questions: dict[str, Count]
+
+
+def published_cost() -> dict[str, Any]:
+    """What params/published/cost.yaml says. Raises UserError for a mistake in it."""
+    path = params_folder() / "published" / "cost.yaml"
+    return validate(PublishedCost, read_yaml(path), str(path), "table")
+
+
 class _Costs:
     """The paper's hours, shared out among its (model, data set) pairs by questions and visual tokens."""
 
-    def __init__(self, folder: Path):
-        published = read_yaml(folder / "cost.yaml")
+    def __init__(self):
+        published = published_cost()
         self.hours = {None: published["hours"], "int8": published["int8_hours"]}
         self.questions = published["questions"]
-        lengths = pd.read_csv(folder / "sequence_lengths.csv")
+        lengths = pd.read_csv(params_folder() / "published" / "sequence_lengths.csv")
         lengths = lengths[lengths["dataset"].isin(self.questions)]
         self.lengths = lengths.set_index(["model", "dataset"])["sequence_length"].to_dict()
         self.all = sum(self.questions[dataset] * length for (_, dataset), length in self.lengths.items())

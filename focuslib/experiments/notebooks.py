@@ -11,36 +11,22 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from focuslib.errors import UserError
-from focuslib.experiments.params import read_params
+from focuslib.experiments.paper import plan, results_folder
 from focuslib.paths import project_root
-
-EXPERIMENTS = ("main", "baselines", "dse", "int8", "image")
-
-
-def parameters(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a notebook gets: its parameter file, the profile's name if that names none, and the changes."""
-    params = read_params(project_root() / "params" / profile / f"{experiment}.yaml")
-    return {"profile": profile, **params, **(changes or {})}
 
 
 def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> Path:
     """Run notebooks/<experiment>.ipynb with params/<profile>/<experiment>.yaml; returns the executed copy.
 
-    changes: replace values of the file; `profile` among them names another results folder. The notebook's own progress
-    goes to the terminal. Raises UserError for wrong parameters or a failed cell.
+    changes: values that replace those of the file; `results` among them names another results folder. The notebook's
+    own progress goes to the terminal. Raises UserError for wrong parameters or a failed cell.
     """
     root = project_root()
     source = root / "notebooks" / f"{experiment}.ipynb"
-    params_file = root / "params" / profile / f"{experiment}.yaml"
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
-    params = parameters(experiment, profile, changes)
-    known = set(papermill.inspect_notebook(str(source)))
-    if unknown := sorted(set(params) - known):
-        raise UserError(
-            f"{params_file}: {unknown[0]} is not a parameter of {source.name}; it has {', '.join(sorted(known))}"
-        )
-    target = root / "results" / params["profile"] / f"{experiment}.ipynb"
+    params, _ = plan(experiment, profile, changes)
+    target = results_folder(params["results"]) / source.name
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial.ipynb")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else every kernel start prints a debugger warning
@@ -48,7 +34,7 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
         papermill.execute_notebook(
             str(source),
             str(partial),
-            parameters=params,
+            parameters={"profile": profile, "changes": changes or {}},
             cwd=str(root),
             kernel_name="python3",
             progress_bar=False,
@@ -56,7 +42,8 @@ def execute(experiment: str, profile: str, changes: dict[str, Any] | None = None
             stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
-        raise UserError(f"{source.name}: {error.ename}: {error.evalue} (partial notebook: {partial})") from error
+        why = " ".join(f"{error.ename}: {error.evalue}".split())
+        raise UserError(f"{source.name}: {why} (partial notebook: {partial})") from error
     except DeadKernelError as error:
         why = "its kernel died, perhaps for want of memory; run again to go on from here"
         raise UserError(f"{source.name}: {why}") from error

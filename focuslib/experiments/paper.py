@@ -1,73 +1,90 @@
-"""The paper's experiments, each a list of independent cells (see cells.py)."""
+"""The paper's experiments, each a list of independent cells (see cell.py)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from focuslib.errors import UserError, pick
-from focuslib.evaluation.settings import matching_settings
+from focuslib.errors import UserError, brief, pick
+from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
-from focuslib.experiments.params import check_param
+from focuslib.experiments.params import experiment_params
 from focuslib.experiments.runner import run_cells
-from focuslib.experiments.store import Outcome, export_traces, pth_name
-from focuslib.paths import project_root
+from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
+from focuslib.hardware.accelerators import ACCELERATORS
+from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
+from focuslib.models import MODELS
+from focuslib.paths import params_folder, project_root, shown
 
 
-def run_main(**params: Any) -> Outcome:
-    """The main experiment: accuracy of every method, and the traces of Focus. Parameters: see params/*/main.yaml."""
-    return _run_experiment("main", params, "focus_main")
+def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> Outcome:
+    """Run an experiment of cells as its parameter file says, and export its traces.
 
+    Parameters
+    ----------
+    experiment
+        main, baselines, dse, int8 or image. (The hardware models have no cells: see `study_hardware`.)
+    profile
+        The folder of params/ whose file is read.
+    changes
+        Values that replace those of the file.
 
-def run_baselines(**params: Any) -> Outcome:
-    """All methods on the same questions, and the sparsity of AdapTiV and CMC over the first ones.
+    Raises
+    ------
+    UserError
+        For a mistake in the parameters, in one line, before anything runs. A cell that fails is in the outcome.
 
-    Parameters: see params/*/baselines.yaml. matched: method → entries as in params/methods.yaml, for a second
-    comparison at equal sparsity.
+    Examples
+    --------
+    >>> run("main", "laptop", {"limit": 6, "results": "dev"})  # doctest: +SKIP
     """
-    return _run_experiment("baselines", params, costs=True)
-
-
-def run_image(**params: Any) -> Outcome:
-    """Single images: accuracy, the traces of Focus and the sparsity of AdapTiV. Parameters: see params/*/image.yaml."""
-    return _run_experiment("image", params, "focus_main")
-
-
-def run_dse(**params: Any) -> Outcome:
-    """The design space of Focus: accuracy and trace at every point of each sweep, and Focus without SIC.
-
-    Parameters: see params/*/dse.yaml. sweeps: name (see SWEEPS) → dataset and values. ablation_limit: questions a data
-    set of `datasets` for the ablation, which is compared with the main experiment's cells.
-    """
-    outcome = run_cells("dse", dse_cells(params), results_folder(params["profile"]), workers=params.get("workers", 1))
-    if params.get("write_pth", True):
-        export_traces(outcome, [(point.trace, outcome.folder / point.file) for point in sweep_points(params)])
+    if experiment == "hardware":
+        raise UserError("hardware has no cells to run; call study_hardware(profile)")
+    params, cells = plan(experiment, profile, changes)
+    folder = results_folder(params["results"])
+    if experiment == "int8":
+        return _run_int8(params, folder)
+    traces = folder / "focus_main" if experiment in ("main", "image") and params["write_pth"] else None
+    outcome = run_cells(experiment, cells, folder, traces, params["workers"])
+    if experiment == "dse" and params["write_pth"]:
+        export_traces(outcome, [(point.trace, folder / point.file) for point in sweep_points(params)])
     return outcome
 
 
-def run_int8(**params: Any) -> Outcome:
-    """Dense and Focus with the language model in 8 bit (LLM.int8), and the same cells of the main experiment.
-
-    Each trace is of the main run's median sample. Parameters: see params/*/int8.yaml.
-    """
-    folder, workers = results_folder(params["profile"]), params.get("workers", 1)
+def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
+    """Dense and Focus in 8 bit, and the main experiment's cells; each trace is of the main run's median sample."""
     traced = [cell for cell in int8_cells(params, {}) if cell.kind == "trace"]
-    main = run_cells("int8", traced, folder, workers=workers)
+    main = run_cells("int8", traced, folder, workers=params["workers"])
     medians = {(result.cell.model, result.cell.dataset): result.median_index for result in main.results}
     cells = int8_cells(params, medians)
-    outcome = run_cells("int8", cells, folder, workers=workers)
+    outcome = run_cells("int8", cells, folder, workers=params["workers"])
     outcome.ran += main.ran
-    if params.get("write_pth", True):
+    if params["write_pth"]:
         quantized = [cell for cell in cells if cell.kind == "trace" and cell.quantization]
         export_traces(outcome, [(cell, folder / "focus_int8" / pth_name(cell)) for cell in quantized])
     return outcome
 
 
-def results_folder(profile: str) -> Path:
-    """Where a profile's results are."""
-    return project_root() / "results" / profile
+def study_hardware(profile: str, changes: dict[str, Any] | None = None) -> HardwareStudy:
+    """The hardware models on the published inputs and on what a profile's results folder has.
+
+    Writes that folder's hardware/*.csv and, as other experiments do, what became of it. Parameters as of `run`.
+    """
+    params, _ = plan("hardware", profile, changes)
+    folder = results_folder(params["results"])
+    design = {name: params[name] for name in ("accelerators", "m_tile", "vector_size", "scatter")}
+    study = reproduce_hardware(folder, params_folder() / "published" / "hardware", **design)
+    text = f"the paper's cells, and {len(study.ours)} rows of {shown(folder)}"
+    write_status(folder, "hardware", [], True, "\n".join([text, *study.missing]))
+    return study
+
+
+def results_folder(name: str) -> Path:
+    """Where results are; name: the profile's, or another folder's that a run was given."""
+    return project_root() / "results" / name
 
 
 def expected_folder(profile: str) -> Path:
@@ -75,12 +92,17 @@ def expected_folder(profile: str) -> Path:
     return project_root() / "results" / "expected" / profile
 
 
-def _run_experiment(name: str, params: dict[str, Any], trace_folder: str | None = None, costs: bool = False) -> Outcome:
-    """Run the methods of a comparison; trace_folder: of the simulator's files of Focus, None to record no traces."""
-    folder = results_folder(params["profile"])
-    cells = comparison_cells(params, trace_folder is not None, costs)
-    write = trace_folder and params.get("write_pth", True)
-    return run_cells(name, cells, folder, folder / trace_folder if write else None, params.get("workers", 1))
+def plan(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[Cell]]:
+    """An experiment's parameters, and its cells so far as they are known before it runs.
+
+    Raises UserError, in one line that names the file, for any mistake in the parameters.
+    """
+    params = experiment_params(experiment, profile, changes)
+    methods_file()  # first, so that its mistakes are not said to be the experiment's
+    try:
+        return params, planned_cells(experiment, params)
+    except UserError as error:
+        raise UserError(f"{shown(params_folder() / profile / f'{experiment}.yaml')}: {error}") from error
 
 
 def comparison_cells(params: dict[str, Any], traces: bool = False, costs: bool = False) -> list[Cell]:
@@ -101,7 +123,7 @@ def comparison_cells(params: dict[str, Any], traces: bool = False, costs: bool =
             if method == "focus" and traces:
                 cells.append(make_cell("trace", method=method, **first))
         for method, entries in (params.get("matched") or {}).items():
-            settings = matching_settings(entries, common["model"], common["dataset"])
+            settings = matching_settings(checked_entries(method, entries), common["model"], common["dataset"])
             cells.append(
                 make_cell("matched", method=method, settings=settings, limit=params["matched_limit"], **common)
             )
@@ -126,8 +148,6 @@ def sweep_points(params: dict[str, Any]) -> list[SweepPoint]:
     points = []
     for sweep, what in params["sweeps"].items():
         settings_of = pick(SWEEPS, sweep, "sweep")
-        if not isinstance(what, dict) or set(what) != {"dataset", "values"} or not isinstance(what["values"], list):
-            raise UserError(f"sweeps: {sweep} must hold dataset and values (a list)")
         for common in _pairs({**params, "datasets": [what["dataset"]]}):
             for value in what["values"]:
                 make = {"method": "focus", "settings": settings_of(value), **common}
@@ -148,7 +168,7 @@ def dse_cells(params: dict[str, Any]) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def int8_cells(params: dict[str, Any], medians: dict[tuple[str, str], int]) -> list[Cell]:
+def int8_cells(params: dict[str, Any], medians: dict[tuple[str, str], int | None]) -> list[Cell]:
     """The cells in 8 bit and those of the main experiment. medians: (model, data set) → the sample that is traced."""
 
     def accuracy(common: dict[str, Any]) -> list[Cell]:
@@ -168,7 +188,11 @@ def int8_cells(params: dict[str, Any], medians: dict[tuple[str, str], int]) -> l
 
 
 def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
-    """The cells of an experiment, so far as they are known before it runs."""
+    """The cells of an experiment with checked parameters (see params.py). The hardware models have none."""
+    if experiment == "hardware":
+        for name in params["accelerators"] or []:
+            pick(ACCELERATORS, name, "accelerator")
+        return []
     if experiment == "dse":
         return dse_cells(params)
     if experiment == "int8":
@@ -179,11 +203,10 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
 
 def _block(text: Any) -> dict[str, int]:
     """Settings of a block written 2x3x3 (frames, rows, columns)."""
-    frames, _, sides = str(text).partition("x")
-    side, _, again = sides.partition("x")
-    if not frames.isdigit() or not side.isdigit() or side != again:
-        raise UserError(f"block size {text!r}: write frames x side x side, such as 2x3x3")
-    return {"frame_block": int(frames), "block": int(side)}
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})x\2", str(text))
+    if not found:
+        raise UserError(f"block size {brief(text)}: write frames x side x side, such as 2x3x3")
+    return {"frame_block": int(found[1]), "block": int(found[2])}
 
 
 # sweep → the settings of Focus that a value of it stands for
@@ -195,11 +218,11 @@ SWEEPS = {
 
 
 def _pairs(params: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """What all cells of a (model, data set) pair have in common, pair by pair; the parameters are checked first."""
-    for name, value in params.items():
-        check_param(name, value)
+    """What all cells of a (model, data set) pair have in common, pair by pair."""
+    for model in params["checkpoints"] or {}:
+        pick(MODELS, model, "model")
     for model in params["models"]:
         for dataset in params["datasets"]:
             common = {key: params[key] for key in ("device", "dtype", "seed")}
-            checkpoint = (params.get("checkpoints") or {}).get(model)
+            checkpoint = (params["checkpoints"] or {}).get(model)
             yield {"model": model, "dataset": dataset, "checkpoint": checkpoint, **common}

@@ -1,63 +1,167 @@
-"""The parameter files: what a notebook takes, checked before anything runs."""
+"""The parameter files: one model a notebook says what its file may hold; checked before anything runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from focuslib.errors import UserError, pick
-from focuslib.paths import read_yaml
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-# The parameters of an experiment, and the types a YAML value may have.
-TYPES: dict[str, tuple[type, ...]] = {
-    "profile": (str,),
-    "models": (list,),
-    "checkpoints": (dict, type(None)),
-    "datasets": (list,),
-    "methods": (list,),
-    "limit": (int, type(None)),
-    "trace_samples": (int,),
-    "matched": (dict, type(None)),
-    "matched_limit": (int, type(None)),
-    "sweeps": (dict,),
-    "ablation_limit": (int, type(None)),
-    "write_pth": (bool,),
-    "device": (str,),
-    "workers": (int,),
-    "dtype": (str,),
-    "seed": (int,),
+from focuslib.errors import UserError, brief, unknown
+from focuslib.paths import params_folder, read_yaml, shown
+from focuslib.validation import Strict, validate
+
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+
+def _folder_name(name: str) -> str:
+    if not name.strip(".") or any(part in name for part in "/\\"):
+        raise ValueError(f"is {brief(name)}; it must be the name of a folder in results/, such as dev")
+    return name
+
+
+def _tile(tokens: int) -> int:
+    if tokens != -1 and tokens < 1:
+        raise ValueError(f"is {tokens}; it must be at least 1, or -1 for one tile")
+    return tokens
+
+
+def _sweep(value: Any) -> Any:
+    if not isinstance(value, dict) or set(value) != {"dataset", "values"} or not isinstance(value["values"], list):
+        raise ValueError("must hold dataset and values (a list)")
+    return value
+
+
+def _point(value: Any) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"is {brief(value)}; it must be int or str")
+    return value
+
+
+class Results(Strict):
+    """What every notebook takes. results: folder of results/ to write to, None for the profile's own."""
+
+    results: Annotated[str, AfterValidator(_folder_name)] | None = None
+
+
+class Experiment(Results):
+    """What every notebook with cells takes.
+
+    models, datasets, methods: names. checkpoints: model → folder or hub id, instead of the published one.
+    limit: questions a data set, None for all. trace_samples: questions of which the median one's trace is kept.
+    device, dtype, seed: how the models run. workers: processes that share the cells.
+    """
+
+    models: Names
+    checkpoints: dict[str, str] | None = None
+    datasets: Names
+    limit: Count | None
+    trace_samples: Count
+    device: str
+    workers: Count = 1
+    dtype: str
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
+
+
+class Main(Experiment):
+    """Focus against the dense model. write_pth: also write the traces as the simulator's .pth."""
+
+    methods: Names
+    write_pth: bool = True
+
+
+class Image(Main):
+    """Single images: as the main experiment."""
+
+
+class Baselines(Experiment):
+    """All methods on the same questions.
+
+    matched: method → entries as in params/methods.yaml, for a second comparison at equal sparsity. matched_limit:
+    questions a data set of that comparison, None for all.
+    """
+
+    methods: Names
+    matched: dict[str, list[dict[str, Any]]] | None = None
+    matched_limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _limited(self):
+        if self.matched and "matched_limit" not in self.model_fields_set:
+            raise ValueError("matched_limit is missing; matched needs it (null: all questions)")
+        return self
+
+
+class Sweep(Strict):
+    """One sweep of the design space: the values of one setting, on one data set."""
+
+    dataset: str
+    values: Annotated[list[Annotated[Any, AfterValidator(_point)]], Field(min_length=1)]
+
+
+class Dse(Experiment):
+    """The design space of Focus. sweeps: name → its points. ablation_limit: questions a data set of the ablation."""
+
+    sweeps: dict[str, Annotated[Sweep, BeforeValidator(_sweep)]]
+    ablation_limit: Count | None
+    write_pth: bool = True
+
+
+class Int8(Experiment):
+    """Dense and Focus in 8 bit. write_pth: as in Main.
+
+    quantization: int8, every linear layer but the output head as published, or int8_llm, the language model alone.
+    """
+
+    quantization: Literal["int8", "int8_llm"] = "int8"
+    write_pth: bool = True
+
+
+class Hardware(Results):
+    """The hardware models. accelerators: None for all that there are numbers of.
+
+    m_tile, vector_size, scatter: Focus's design point, None as published.
+    """
+
+    accelerators: Names | None = None
+    m_tile: Annotated[int, AfterValidator(_tile)] | None = None
+    vector_size: Count | None = None
+    scatter: Count | None = None
+
+
+# notebook → what its parameter files may hold, in the order in which they run
+EXPERIMENTS: dict[str, type[Results]] = {
+    "main": Main,
+    "baselines": Baselines,
+    "dse": Dse,
+    "int8": Int8,
+    "image": Image,
+    "hardware": Hardware,
 }
 
 
-NEEDED = ("models", "datasets", "limit", "trace_samples", "device", "dtype", "seed")
-NEEDED_BY = {
-    "main": ("methods",),
-    "baselines": ("methods",),
-    "image": ("methods",),
-    "dse": ("sweeps", "ablation_limit"),
-}
-FROM_ONE = ("limit", "matched_limit", "ablation_limit", "trace_samples", "workers")
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The parameters in a file that has its notebook's name, checked, with defaults filled in.
+
+    Raises
+    ------
+    UserError
+        In one line that names the file, the parameter and the fix.
+    """
+    path = Path(path)
+    if path.stem not in EXPERIMENTS:
+        raise UserError(f"{path}: {unknown(path.stem, EXPERIMENTS, 'notebook')}")
+    return validate(EXPERIMENTS[path.stem], read_yaml(path), str(path))
 
 
-def read_params(path: Path) -> dict[str, Any]:
-    """The parameters of one notebook and profile, names and types checked. The file has the notebook's name."""
-    params = read_yaml(path)
-    try:
-        for name, value in params.items():
-            check_param(name, value)
-        for name in (*NEEDED, *NEEDED_BY.get(path.stem, ())):
-            if name not in params:
-                raise UserError(f"{name} is missing")
-        if params.get("matched") and "matched_limit" not in params:
-            raise UserError("matched_limit is missing; matched needs it")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return params
+def experiment_params(experiment: str, profile: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The parameters of params/<profile>/<experiment>.yaml; results: the profile's name if the file names none.
 
-
-def check_param(name: str, value: Any) -> None:
-    """Refuse an unknown parameter or a value of the wrong type."""
-    types = pick(TYPES, name, "parameter")
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise UserError(f"{name} is {value!r}; it must be {wanted}")
-    if name in FROM_ONE and value is not None and value < 1:
-        raise UserError(f"{name} is {value}; it must be at least 1")
+    changes: values that replace those of the file.
+    """
+    path = params_folder() / profile / f"{experiment}.yaml"
+    params = read_params(path)
+    if changes:
+        if not isinstance(changes, dict):
+            raise UserError(f"changes is {brief(changes)}; write a mapping, such as {{'limit': 40}}")
+        params = validate(EXPERIMENTS[experiment], params | changes, f"changes of {shown(path)}")
+    return params | {"results": params["results"] or profile}

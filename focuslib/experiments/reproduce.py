@@ -5,11 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 from focuslib.errors import UserError
-from focuslib.experiments.notebooks import EXPERIMENTS, execute, parameters
-from focuslib.experiments.paper import planned_cells, results_folder
+from focuslib.experiments.notebooks import execute
+from focuslib.experiments.paper import plan, results_folder
+from focuslib.experiments.params import EXPERIMENTS
 from focuslib.experiments.progress import announce
 from focuslib.experiments.store import read_status
-from focuslib.paths import project_root
+from focuslib.paths import params_folder
 
 
 def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | None = None) -> bool:
@@ -20,11 +21,11 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
     """
     if only and only not in EXPERIMENTS:
         raise UserError(f"unknown notebook {only!r}; one of {', '.join(EXPERIMENTS)}")
-    folder = project_root() / "params" / profile
+    folder = params_folder() / profile
     has = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").exists()]
-    chosen = [only] if only else has or EXPERIMENTS  # a profile need not have all; one without any is a mistake
-    params = {name: parameters(name, profile, changes) for name in chosen}
-    counts = [len(planned_cells(name, params[name])) for name in chosen]
+    chosen = [only] if only else has or list(EXPERIMENTS)  # a profile need not have all; one without any is a mistake
+    plans = {name: plan(name, profile, changes) for name in chosen}
+    counts = [len(cells) for _, cells in plans.values()]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
         announce(sum(counts[:number]), sum(counts), start)
@@ -36,7 +37,7 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
         except UserError as error:
             what, complete = f"failed: {error}", False
             with suppress(OSError):  # what the cells said before the notebook failed
-                status = read_status(results_folder(params[experiment]["profile"]), experiment)
+                status = read_status(results_folder(plans[experiment][0]["results"]), experiment)
                 what += f"\n{status['text']}" if status["time"] >= began else ""
         lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
         whole &= complete

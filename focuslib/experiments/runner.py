@@ -38,6 +38,7 @@ from focuslib.experiments.store import (
     read_result,
     result_file,
     work_folder,
+    write_status,
 )
 from focuslib.files import write_json
 from focuslib.methods.settings import make_method
@@ -69,13 +70,8 @@ def run_cells(
     if trace_folder:
         traces = [result.cell for result in outcome.results if result.cell.kind == "trace"]
         export_traces(outcome, [(cell, trace_folder / pth_name(cell)) for cell in traces])
-    index = {
-        "cells": [f"{result.cell.name()}.json" for result in outcome.results],
-        "complete": not outcome.failed and not any(result.unreadable for result in outcome.results),
-        "text": outcome.summary(),
-        "time": time.time(),
-    }
-    write_json(folder / "cells" / f"{experiment}.index", index)
+    complete = not outcome.failed and not any(result.unreadable for result in outcome.results)
+    write_status(folder, experiment, outcome.results, complete, outcome.summary())
     return outcome
 
 

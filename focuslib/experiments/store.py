@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,6 +117,13 @@ def claimed(path: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError("another process is running it; run again when that has ended") from None
+
+
+def write_status(folder: Path, experiment: str, results: list[CellResult], complete: bool, text: str) -> None:
+    """Note which results an experiment has, whether all are there, and what its run said."""
+    names = [f"{result.cell.name()}.json" for result in results]
+    status = {"cells": names, "complete": complete, "text": text, "time": time.time()}
+    write_json(folder / "cells" / f"{experiment}.index", status)
 
 
 def read_status(folder: Path, experiment: str) -> dict[str, Any]:

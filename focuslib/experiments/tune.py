@@ -55,7 +55,7 @@ def bisect_sparsity(
         tried.append({name: value, **row})
         return row["Computation sparsity"]
 
-    close(sparsity, low, high, target, tolerance, steps, f"{method}: {name}")
+    close(sparsity, low, high, target, tolerance, steps, f"method {method}: {name}")
     table = pd.DataFrame(tried)
     return table.loc[(table["Computation sparsity"] - target).abs().sort_values().index].reset_index(drop=True)
 

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from focuslib.errors import UserError
 from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
 from focuslib.paths import params_folder, read_yaml
+from focuslib.validation import Strict, validate
 
 BISECT_TOLERANCE = 0.2  # points of counted sparsity
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Grid(_Strict):
+class Grid(Strict):
     """One grid search. method: the entry's name by default. fixed: settings that every combination has."""
 
     method: str | None = None
@@ -28,7 +24,7 @@ class Grid(_Strict):
     fixed: dict[str, Any] = Field(default_factory=dict)
 
 
-class Bisection(_Strict):
+class Bisection(Strict):
     """One bisection to the target, data set by data set."""
 
     setting: str
@@ -37,7 +33,7 @@ class Bisection(_Strict):
     fixed: dict[str, Any] = Field(default_factory=dict)
 
 
-class Tuning(_Strict):
+class Tuning(Strict):
     """A tuning.yaml. tolerance: points that a setting may lose to dense. target: counted sparsity in percent."""
 
     model: str
@@ -61,12 +57,7 @@ class Tuning(_Strict):
 def read_tuning(profile: str) -> Tuning:
     """A profile's tuning.yaml. Raises UserError in one line if it is not one."""
     path = params_folder() / profile / "tuning.yaml"
-    try:
-        return Tuning.model_validate(read_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg'].lower()}") from None
+    return Tuning(**validate(Tuning, read_yaml(path), str(path)))
 
 
 def run_tuning(profile: str, folder: Path) -> pd.DataFrame:

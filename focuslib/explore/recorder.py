@@ -179,7 +179,7 @@ class Recorder(Events):
         if visual.stop < queries.shape[1]:
             row = torch.zeros(prefill.grid.length)
             row[prefill.present.cpu()] = prompt_importance(
-                queries, keys, visual.start, len(prefill.present), scaling
+                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
             ).cpu()
             self.importance.append(row)
         return queries

@@ -107,3 +107,29 @@ def write_csv(table: pd.DataFrame, path: Path) -> Path:
     table.to_csv(partial, index=False)
     partial.replace(path)
     return path
+
+
+def brief(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of study.hardware_table for the eye: time, energy and traffic in common units, and what was varied.
+
+    Speed-up: over the dense array, where the table has it.
+    """
+    pairs = pd.MultiIndex.from_frame(table[["model", "dataset"]])
+    dense = table.loc[table["accelerator"] == DENSE.name, "total_cycles"]
+    dense = dict(zip(pairs[table["accelerator"] == DENSE.name], dense, strict=True))
+    out = table[["model", "dataset", "accelerator", "tokens"]].copy()
+    for name in ("m_tile_size", "vector_size", "num_scatter"):
+        if table.loc[table["accelerator"].isin((FOCUS.name, SEC_ONLY.name)), name].nunique() > 1:
+            out[name] = table[name].map("{:.0f}".format, na_action="ignore")
+    out["million cycles"] = (table["total_cycles"] / 1e6).map(_short)
+    out["ms"] = (1e3 * table["execution_time"]).map(_short)
+    if dense:
+        out["speed-up"] = table["total_cycles"].rdiv([dense.get(pair) for pair in pairs]).map("{:.2f}".format)
+    out["mJ"] = table["total_energy"].map(_short, na_action="ignore")
+    out["DRAM MB"] = (table["total_dram_access"] / 1e6).map(_short)
+    out["basis"] = table["basis"]
+    return out
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"

@@ -33,7 +33,7 @@ class Adaptiv(Method):
 
     def __post_init__(self):
         if not -1 <= self.threshold <= 1:
-            raise UserError(f"adaptiv: threshold is {self.threshold}; a sign similarity lies in -1 … 1")
+            raise UserError(f"method adaptiv: threshold is {self.threshold}; a sign similarity lies in -1 … 1")
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if layer > 0:

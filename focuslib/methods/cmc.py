@@ -47,15 +47,17 @@ class Cmc(Method):
         object.__setattr__(self, "skip_score_layers", tuple(self.skip_score_layers))
         for name in ("linear_threshold", "query_threshold", "score_threshold"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"cmc: {name} is {getattr(self, name)}; it must not be negative")
+                raise UserError(f"method cmc: {name} is {getattr(self, name)}; it must not be negative")
         if self.interval < 1:
-            raise UserError(f"cmc: interval is {self.interval}; it must be at least 1 frame")
+            raise UserError(f"method cmc: interval is {self.interval}; it must be at least 1 frame")
         if not 0 <= self.i_frame < self.interval:
-            raise UserError(f"cmc: i_frame is {self.i_frame}; it must lie in 0 … interval − 1 = {self.interval - 1}")
+            raise UserError(
+                f"method cmc: i_frame is {self.i_frame}; it must lie in 0 … interval − 1 = {self.interval - 1}"
+            )
         if self.tail not in ("published", "leave"):
-            raise UserError(f"cmc: tail is {self.tail!r}; it must be published or leave")
+            raise UserError(f"method cmc: tail is {self.tail!r}; it must be published or leave")
         if any(layer < 0 for layer in self.skip_score_layers):
-            raise UserError(f"cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
+            raise UserError(f"method cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)

@@ -45,29 +45,35 @@ class Focus(Method):
         object.__setattr__(self, "retention", tuple(self.retention))
         if len(self.selected_layers) != len(self.retention):
             raise UserError(
-                f"focus: selected_layers has {len(self.selected_layers)} entries and retention {len(self.retention)}; "
-                "give one retention a layer"
+                f"method focus: selected_layers has {len(self.selected_layers)} entries and retention "
+                f"{len(self.retention)}; give one retention a layer"
             )
         if list(self.selected_layers) != sorted(set(self.selected_layers)) or min(self.selected_layers, default=0) < 0:
-            raise UserError(f"focus: selected_layers {self.selected_layers} must be ascending layer numbers from 0")
+            raise UserError(
+                f"method focus: selected_layers {self.selected_layers} must be ascending layer numbers from 0"
+            )
         if any(not 0 < alpha <= 1 for alpha in self.retention):
-            raise UserError(f"focus: retention {self.retention} must lie in (0, 1]")
+            raise UserError(f"method focus: retention {self.retention} must lie in (0, 1]")
         if not self.similarity_threshold >= 0:
-            raise UserError(f"focus: similarity_threshold {self.similarity_threshold} must be a number from 0")
+            raise UserError(f"method focus: similarity_threshold {self.similarity_threshold} must be a number from 0")
         for name in ("vector_size", "frame_block", "block"):
             if getattr(self, name) < 1:
-                raise UserError(f"focus: {name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"method focus: {name} is {getattr(self, name)}; it must be at least 1")
         if self.m_tile != -1 and self.m_tile < 1:
-            raise UserError(f"focus: m_tile is {self.m_tile}; it must be at least 1, or -1 for one tile")
+            raise UserError(f"method focus: m_tile is {self.m_tile}; it must be at least 1, or -1 for one tile")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         layers = prefill.shape.layers
         if self.selected_layers and self.selected_layers[-1] >= layers:
-            raise UserError(f"focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}")
+            raise UserError(
+                f"method focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}"
+            )
         candidates = len(prefill.grid.block_offsets(self.frame_block, self.block))
         if candidates > MAX_CANDIDATES:
             size = f"{self.frame_block}x{self.block}x{self.block}"
-            raise UserError(f"focus: a block of {size} has {candidates} candidates here; at most {MAX_CANDIDATES}")
+            raise UserError(
+                f"method focus: a block of {size} has {candidates} candidates here; at most {MAX_CANDIDATES}"
+            )
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
         visual = x[prefill.visual]
@@ -104,8 +110,9 @@ class Focus(Method):
         queries = rows.view(tokens, heads, width).transpose(0, 1)
         if layer in self.selected_layers:
             visual = prefill.visual
-            importance = prompt_importance(queries, keys, visual.start, len(prefill.present), scaling)
-            prefill.state["importance"] = importance
+            prefill.state["importance"] = prompt_importance(
+                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
+            )
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -50,13 +50,15 @@ class FrameFusion(Method):
 
     def __post_init__(self):
         if not 0 < self.cost <= 1:
-            raise UserError(f"framefusion: cost is {self.cost}; it is a share of the dense model's and lies in (0, 1]")
+            raise UserError(
+                f"method framefusion: cost is {self.cost}; it is a share of the dense model's and lies in (0, 1]"
+            )
         if not -1 <= self.similarity_lower_bound <= 1:
             raise UserError(
-                f"framefusion: similarity_lower_bound is {self.similarity_lower_bound}; a cosine lies in -1 … 1"
+                f"method framefusion: similarity_lower_bound is {self.similarity_lower_bound}; a cosine lies in -1 … 1"
             )
         if not 0 <= self.ratio_lower_bound <= 1:
-            raise UserError(f"framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
+            raise UserError(f"method framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
@@ -69,7 +71,8 @@ class FrameFusion(Method):
         progress = prefill.state["progress"]
         if progress.merging_done and not progress.pruning_done:
             last = torch.tensor([queries.shape[1] - 1], device=queries.device)
-            progress.importance = attention_rows(queries[:, last], keys, last, scaling).mean((0, 1))
+            rows = attention_rows(queries[:, last], keys, last, scaling, prefill.mask)
+            progress.importance = rows.mean((0, 1))
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -136,8 +139,8 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
     left = layers * cost - spent
     if left < 0:
         raise InputError(
-            f"framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost {spent / layers:.3f} while "
-            "merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
+            f"method framefusion: cost {cost} cannot be met: {len(shares)} of {layers} layers cost "
+            f"{spent / layers:.3f} while merging; raise cost or ratio_lower_bound, or lower similarity_lower_bound"
         )
     if len(shares) >= layers or present == 0:
         return 0.0

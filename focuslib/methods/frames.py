@@ -7,8 +7,8 @@ from focuslib.grid import VisualGrid
 def require_frames(method: str, grid: VisualGrid) -> None:
     """Raise InputError unless the visual tokens are two or more whole frames."""
     if grid.one_picture:
-        raise InputError(f"{method}: the input has one frame; the method compares frames, so give it a video")
+        raise InputError(f"method {method}: the input has one frame; the method compares frames, so give it a video")
     if grid.length % grid.num_frames:
         raise InputError(
-            f"{method}: {grid.length} visual tokens are not {grid.num_frames} equal frames; give a video's grid"
+            f"method {method}: {grid.length} visual tokens are not {grid.num_frames} equal frames; give a video's grid"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from focuslib.models.fingerprint import fingerprint
 from focuslib.models.layout import TokenLayout, rows_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
 from focuslib.models.quantize import int8_config
+from focuslib.prefill.handover import handed_over
 
 # A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, or frames [F, H, W, 3] uint8.
 Media = str | Path | Image.Image | np.ndarray
@@ -49,7 +51,6 @@ class Inputs:
 class VLM:
     """A loaded vision-language model. Subclasses implement `architecture` and `prepare`.
 
-    grid: the grid of the inputs that ran last or run now; the patch reads it.
     generation: arguments of generate that this model's published evaluation keeps.
     output_head: the module that quantization leaves alone. vision_modules: the tower and the projector.
     """
@@ -68,7 +69,6 @@ class VLM:
         self.model: Any = model.eval()  # whose attributes are its family's
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.grid: VisualGrid | None = None
 
     @classmethod
     def load(
@@ -194,19 +194,23 @@ class VLM:
         mask = torch.ones((1, len(embeds)), dtype=torch.long, device=embeds.device)
         return Inputs({"inputs_embeds": embeds[None], "attention_mask": mask}, grid)
 
+    def running(self, inputs: Inputs) -> AbstractContextManager[None]:
+        """Inside a method's block: tells it the grid of what you run yourself, `vlm.model(**inputs.tensors)`."""
+        return handed_over(self.model, inputs.grid)
+
     @torch.inference_mode()
     def prefill(self, inputs: Inputs) -> Tensor:
         """Run the prompt once, without a cache: the logits [1, T, vocabulary] of the tokens that reach the end."""
-        self.grid = inputs.grid
-        return self.model(**inputs.tensors, use_cache=False).logits
+        with self.running(inputs):
+            return self.model(**inputs.tensors, use_cache=False).logits
 
     @torch.inference_mode()
     def generate_ids(self, inputs: Inputs, max_new_tokens: int = 16, **generation: Any) -> Tensor:
         """Generate greedily (unless told otherwise): the new token ids [N] int64."""
-        self.grid = inputs.grid
         prompt = inputs.tensors.get("input_ids")
         settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **self.generation, **generation}
-        ids = self.model.generate(**inputs.tensors, **settings)[0]
+        with self.running(inputs):
+            ids = self.model.generate(**inputs.tensors, **settings)[0]
         return ids if prompt is None else ids[prompt.shape[1] :]
 
     def generate(self, media: Media | None, prompt: str, max_new_tokens: int = 16, **generation: Any) -> str:

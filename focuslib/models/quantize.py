@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from focuslib.errors import UserError
-from focuslib.prefill.patch import find_decoder
+from focuslib.errors import needs_extra
+from focuslib.prefill.decoder import find_decoder
 
 
 def int8_config(keep: tuple[str, ...]) -> BitsAndBytesConfig:
     """The quantization for VLM.load. keep: modules left as they are (they replace the default, the output head)."""
     if find_spec("bitsandbytes") is None:
-        raise UserError("8-bit models need bitsandbytes: pip install -c constraints.txt bitsandbytes")
+        raise needs_extra("an 8-bit model", "int8")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each layer that the CPU casts to float16
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
 

@@ -3,69 +3,41 @@
 Works on any pre-norm decoder of the Llama/Qwen2 shape: layers with self_attn.{q,k,v,o}_proj, mlp.{gate,up,down}_proj,
 input_layernorm and post_attention_layernorm. The stock modules compute everything; the patch replaces the layers'
 forward (a drop between attention and MLP needs it), hooks the inputs of o_proj and down_proj, and wraps
-the attention function to see the queries.
+the attention function to see the queries. In the first prefill each kind of layer proves that its own forward is the
+one that replaces it (see selfcheck).
 """
 
+import copy
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
 from focuslib.kernels.semantic import attention_rows
-from focuslib.prefill.ops import DecoderShape
+from focuslib.prefill.decoder import decoder_shape, find_decoder
+from focuslib.prefill.handover import grid_of
+from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of
 from focuslib.prefill.record import Events, Prefill, Run
+from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
 
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The language model inside `model`: the module whose `layers` have the Llama/Qwen2 shape."""
-    for module in model.modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
-            return module
-    raise UserError(
-        f"{type(model).__name__} has no decoder of the Llama/Qwen2 shape (self_attn.q_proj, mlp.gate_proj, two norms …)"
-    )
-
-
-def _is_decoder_layer(layer: nn.Module) -> bool:
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    return (
-        all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-        and all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
-        and hasattr(layer, "input_layernorm")
-        and hasattr(layer, "post_attention_layernorm")
-    )
-
-
-def decoder_shape(decoder: nn.Module) -> DecoderShape:
-    """The dimensions of a decoder, from its config."""
-    config = decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderShape(
-        layers=len(decoder.layers),
-        hidden=config.hidden_size,
-        mlp=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-    )
 
 
 @contextmanager
 def install(method: Events, vlm, *, trace: bool = False) -> Iterator[Run]:
     """Install `method` on `vlm` and yield its Run; on leaving, also by an exception, the model is as it was.
 
-    vlm: has `model` (a transformers model) and `grid` (the VisualGrid of the inputs it runs next, or None).
+    vlm: has `model`, a transformers model. The grid of each prompt comes with its inputs (see handover).
     Raises UserError if a method is installed already, or the model has no such decoder.
     """
     decoder = find_decoder(vlm.model)
@@ -76,7 +48,12 @@ def install(method: Events, vlm, *, trace: bool = False) -> Iterator[Run]:
 
 
 class _Patch:
-    """One installed method: the hooks, and the prefill in progress."""
+    """One installed method: the hooks, and the prefill or decoding step in progress.
+
+    kinds: the kinds of layers that passed the self-check. rows: the layers whose attention rows did.
+    reached: whether the attention function was called since this was last set to False.
+    origins: of the prompt in progress; in a decoding step, of its cache if tokens were dropped, else None.
+    """
 
     def __init__(self, method: Events, vlm, decoder: nn.Module, run: Run, trace: bool):
         self.method = method
@@ -86,9 +63,16 @@ class _Patch:
         self.run = run
         self.trace = trace
         self.prefill: Prefill | None = None
-        base = decoder.config._attn_implementation
-        self.base_attention = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager_attention(decoder))
-        self.base_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
+        self.origins: Origins | None = None
+        self.kinds: set[tuple] = set()
+        self.rows: set[int] = set()
+        self.reached = False
+        self.implementation = decoder.config._attn_implementation
+        if self.implementation == "flex_attention":
+            raise UserError(f"{method.name}: flex_attention hides its masks; load with attn_implementation='sdpa'")
+        self.base_attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(decoder))
+        self.base_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(self.implementation)
+        self.configs: list[tuple[nn.Module, object]] = []  # module, its own config
 
     def attach(self, undo: ExitStack) -> None:
         """Install every hook, noting how to undo it."""
@@ -101,49 +85,94 @@ class _Patch:
         for attention in attentions:
             _patches[attention] = self
             undo.callback(_patches.pop, attention, None)
-        config = self.decoder.config
-        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
-        # a name for each implementation: models of different ones may be patched at the same time
-        name = f"focuslib_{config._attn_implementation}"
-        AttentionInterface.register(name, _attention)
-        AttentionMaskInterface.register(name, self.base_mask)
-        config._attn_implementation_internal = name
+        self._route_attention(attentions, undo)
         hooks = [
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave),
         ]
         for index, layer in enumerate(self.decoder.layers):
-            _replace_forward(layer, _LayerForward(self, index, layer), undo)
+            _replace_forward(layer, partial(_LayerForward, self, index, layer), undo)
             for linear, site in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
                 hooks.append(linear.register_forward_pre_hook(_SiteHook(self, index, site)))
         for hook in hooks:
             undo.callback(hook.remove)
+        if hasattr(self.decoder, "_deepstack_process"):  # Qwen3-VL adds visual features after the first layers
+            own = self.decoder._deepstack_process
+            undo.callback(delattr, self.decoder, "_deepstack_process")
+            self.decoder._deepstack_process = partial(self._deepstack, own)
+
+    def _route_attention(self, attentions: list[nn.Module], undo: ExitStack) -> None:
+        """Send the decoder's attention through the patch: its modules get copies of their configs that say so.
+
+        Copies, because another model may have been built from the same config object.
+        """
+        # a name for each implementation: models of different ones may be patched at the same time
+        name = f"focuslib_{self.implementation}"
+        AttentionInterface.register(name, _attention)
+        if self.base_mask is not None:
+            AttentionMaskInterface.register(name, self.base_mask)
+        copies = {}
+        for config in (self.decoder.config, *(attention.config for attention in attentions)):
+            if id(config) not in copies:
+                copies[id(config)] = copy.copy(config)
+                copies[id(config)]._attn_implementation_internal = name
+        for module in self.decoder.modules():
+            config = vars(module).get("config")
+            if id(config) in copies:
+                self.configs.append((module, config))
+                undo.callback(setattr, module, "config", config)
+                module.config = copies[id(config)]
+
+    @contextmanager
+    def untouched(self, layer: nn.Module) -> Iterator[None]:
+        """A layer with its own configs for a while: it computes as if nothing were installed, but for its forward."""
+        inside = set(layer.modules())
+        with ExitStack() as undo:
+            for module, config in self.configs:
+                if module in inside:
+                    undo.callback(setattr, module, "config", module.config)
+                    module.config = config
+            yield
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the decoder runs: decide whether this is a prefill, and begin it."""
-        self.prefill = None
+        self.prefill = self.origins = None
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             ids = kwargs.get("input_ids", args[0] if args else None)
             embeds = self.decoder.get_input_embeddings()(ids)
         batch, tokens, _ = embeds.shape
         past = kwargs.get("past_key_values")
+        if any(isinstance(layer, StaticLayer) for layer in getattr(past, "layers", ())):
+            raise UserError(
+                f"{self.method.name}: a static cache keeps a slot for every token and so cannot drop any; "
+                "generate without cache_implementation='static'"
+            )
         seen = past.get_seq_length() if past is not None else 0
         if seen and tokens == 1:
+            self._step(past, seen)
             return
         if batch != 1:
             raise UserError(
-                f"{self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)"
+                f"method {self.method.name}: batch size is {batch}; methods need one sequence at a time (batch size 1)"
             )
         if seen:
             raise UserError(
-                f"{self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
+                f"method {self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
             )
-        grid: VisualGrid | None = self.vlm.grid
+        grid = grid_of(self.vlm)
         if grid is None or grid.stop > tokens:
-            raise UserError(f"{self.method.name}: the prompt has no visual tokens; give a video or an image")
+            raise UserError(f"method {self.method.name}: the prompt has no visual tokens; give a video or an image")
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
+        self.origins = Origins(tokens)
         self.method.begin(self.prefill, embeds[0])
+
+    def _step(self, past: Cache, seen: int) -> None:
+        """Before a decoding step: where its cache's entries come from, if some of the prompt are missing."""
+        origins = getattr(past, "focuslib_origins", None)
+        if origins is not None and origins.dropped:
+            origins.now = origins.length + seen - origins.entries(0)
+            self.origins = origins
 
     def _leave(self, module: nn.Module, args: tuple, output) -> None:
         """After the decoder ran: close the prefill."""
@@ -171,34 +200,66 @@ class _Patch:
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         """The attention function during the block: the events, then the model's own implementation."""
         prefill, layer = self.prefill, module.layer_idx
+        self.reached = True
         if prefill is None:
+            if self.origins is not None:
+                window = kwargs.get("sliding_window")
+                mask = self.origins.step_mask(layer, q, k.shape[2], window, self.implementation)
             return self.base_attention(module, q, k, v, mask, **kwargs)
-        scaling = kwargs["scaling"]
+        scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        prefill.running_mask = partial(self._rows_mask, module, q, k, v, mask, kwargs)
         q = self.method.on_attention(prefill, layer, q[0], k[0], scaling)[None]
         if self.method.wants_probabilities(prefill, layer):
             return self._explicit_attention(layer, q[0], k[0], v[0], scaling), None
         return self.base_attention(module, q, k, v, mask, **kwargs)
 
+    def _deepstack(self, own: Callable, hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
+        """The decoder's own addition of visual features, to the tokens that are left."""
+        if self.prefill is not None and self.prefill.kept is not None:
+            masks, embeds = kept_deepstack(masks, embeds, self.prefill.kept)
+        return own(hidden, masks, embeds)
+
+    def _rows_mask(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
+        """The mask for attention rows that are computed beside the model, [1 or H, T, T]; None: causal."""
+        if module.layer_idx not in self.rows:
+            check_rows(module, q, k, v, mask, self.base_attention, self.implementation, kwargs)
+            self.rows.add(module.layer_idx)
+        mask = full_mask(module, q, mask, self.implementation, kwargs)
+        return None if mask is None else mask[0]
+
     def _explicit_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """Causal attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
-        group = q.shape[0] // k.shape[0]
+        """Attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
+        group, mask = q.shape[0] // k.shape[0], self.prefill.mask
         rows = torch.arange(q.shape[1], device=q.device)
         out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
         for head in range(q.shape[0]):
             kv = slice(head // group, head // group + 1)
-            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling)[0]
+            own = mask if mask is None or len(mask) == 1 else mask[head : head + 1]
+            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling, own)[0]
             probabilities = self.method.on_probabilities(self.prefill, layer, head, probabilities)
             out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
         return out
 
 
 class _LayerForward:
-    """The pre-norm decoder layer's forward with the method's events; the same arithmetic as the stock one."""
+    """The pre-norm decoder layer's forward with the method's events; the same arithmetic as the stock one.
 
-    def __init__(self, patch: _Patch, index: int, layer: nn.Module):
-        self.patch, self.index, self.layer = patch, index, layer
+    own: the layer's own forward, which the first prefill compares with this one.
+    """
 
-    def __call__(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,
+    def __init__(self, patch: _Patch, index: int, layer: nn.Module, own: Callable):
+        self.patch, self.index, self.layer, self.own = patch, index, layer, own
+        self.names = [name for name in inspect.signature(own).parameters if name != "hidden_states"]
+        self.checked = False
+
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        kwargs.update(zip(self.names, args, strict=False))
+        if self.patch.prefill is not None and not self.checked:
+            self.checked = True
+            self._check(hidden_states, kwargs)
+        return self._forward(hidden_states, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,
                  position_embeddings=None, **kwargs) -> Tensor:  # fmt: skip
         patch, layer, index = self.patch, self.layer, self.index
         hidden = patch.drop(patch.method.before_attention, index, hidden_states)
@@ -206,8 +267,9 @@ class _LayerForward:
             patch.prefill.record.attended.append(len(patch.prefill.present))
         residual = hidden
         hidden = patch.site(index, "q_proj", layer.input_layernorm(hidden))
+        self._note(attention_mask, past_key_values)
         mask, position_ids, position_embeddings = self._present(
-            attention_mask, position_ids, position_embeddings, past_key_values, hidden.shape[1]
+            attention_mask, position_ids, position_embeddings, kwargs
         )
         hidden, _ = layer.self_attn(
             hidden_states=hidden,
@@ -224,20 +286,55 @@ class _LayerForward:
         hidden = patch.site(index, "gate_proj", layer.post_attention_layernorm(hidden))
         return residual + layer.mlp(hidden)
 
-    def _present(self, mask, position_ids, position_embeddings, past, tokens: int):
-        """Mask and positions of the rows still present: the model made them once, for the whole sequence."""
-        prefill = self.patch.prefill
-        if prefill is None:
-            if mask is not None and past is not None:  # a decoding mask is sized by layer 0's cache
-                mask = mask[..., -(past.get_seq_length(self.index) + tokens) :]
-            return mask, position_ids, position_embeddings
+    def _check(self, hidden: Tensor, arguments: dict) -> None:
+        """Refuse a layer of a new kind whose own forward is another one. The method takes no part in this."""
+        patch, layer = self.patch, self.layer
+        kind = layer_kind(layer, self.own)
+        if kind in patch.kinds:
+            return
+        prefill, patch.prefill = patch.prefill, None
+        origins, patch.origins = patch.origins, None
         kept = prefill.kept
         if kept is not None:
-            if mask is not None:
-                mask = mask[..., kept, :][..., kept]
-            position_ids = position_ids[..., kept] if position_ids is not None else None
-            position_embeddings = tuple(part[..., kept, :] for part in position_embeddings)
-        return mask, position_ids, position_embeddings
+            arguments = {name: _kept_rows(name, value, kept) for name, value in arguments.items()}
+
+        def own(*args, **kwargs):
+            with patch.untouched(layer):
+                return self.own(*args, **kwargs)
+
+        patch.reached = False
+        name = type(patch.vlm.model).__name__
+        check_layer(name, layer, own, self._forward, hidden, arguments)
+        if not patch.reached:
+            raise UserError(
+                f"{name}: {type(layer).__name__}: its {type(layer.self_attn).__name__} does not call one of "
+                "transformers' attention functions, so a method would see no queries"
+            )
+        patch.prefill, patch.origins = prefill, origins
+        patch.kinds.add(kind)
+
+    def _note(self, mask: Tensor | None, past: Cache | None) -> None:
+        """Note which tokens of the prompt enter this layer's cache: later decoding steps need to know."""
+        prefill, origins = self.patch.prefill, self.patch.origins
+        if prefill is None or past is None:
+            return
+        if self.index == 0:
+            origins.padding = padding_of(mask)
+            past.focuslib_origins = origins
+        origins.kept.append(prefill.kept)
+
+    def _present(self, mask, position_ids, position_embeddings, others: dict):
+        """Mask and positions of the rows still present: the model made them once, for the whole sequence."""
+        prefill = self.patch.prefill
+        if prefill is None or prefill.kept is None:
+            return mask, position_ids, position_embeddings
+        for name, value in others.items():
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, self.patch.origins.length):
+                raise UserError(
+                    f"{type(self.layer).__name__} is given `{name}` for every token, which this patch does not drop"
+                )
+        named = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": position_embeddings}
+        return tuple(_kept_rows(name, value, prefill.kept) for name, value in named.items())
 
 
 class _SiteHook:
@@ -250,18 +347,34 @@ class _SiteHook:
         return (self.patch.site(self.layer, self.site, args[0]), *args[1:])
 
 
+def _kept_rows(name: str, value, kept: Tensor):
+    """A layer's argument for the tokens that are kept."""
+    if name == "attention_mask":
+        return kept_mask(value, kept)
+    if name == "position_ids" and value is not None:
+        return value[..., kept]
+    if name == "position_embeddings" and value is not None:
+        return tuple(part[..., kept, :] for part in value)
+    return value
+
+
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     return _patches[module].attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_attention(decoder: nn.Module):
+def _eager_attention(decoder: nn.Module) -> Callable | None:
     """The eager attention of the decoder's own modelling file (eager is not in the registry)."""
-    return sys.modules[type(decoder.layers[0].self_attn).__module__].eager_attention_forward
+    files = (sys.modules[cls.__module__] for cls in type(decoder.layers[0].self_attn).__mro__)
+    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
 
 
-def _replace_forward(layer: nn.Module, forward, undo: ExitStack) -> None:
-    """Replace a layer's forward. A layer dispatched by accelerate keeps its wrapper, which calls `_old_forward`."""
+def _replace_forward(layer: nn.Module, make: Callable[[Callable], Callable], undo: ExitStack) -> None:
+    """Replace a layer's forward by what `make` makes of it.
+
+    A layer dispatched by accelerate keeps its wrapper, which calls `_old_forward`.
+    """
     name = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"
+    forward = make(getattr(layer, name))
     if name in layer.__dict__:
         undo.callback(setattr, layer, name, layer.__dict__[name])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,6 +73,16 @@ class Prefill:
         self.present = torch.arange(grid.length, device=device)
         self.state: dict[str, Any] = {}
         self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
+        self.running_mask: Callable[[], Tensor | None] = lambda: None  # of the layer that runs, set by the patch
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The running layer's attention mask, [1 or H, T, T] bool (True: seen) or float (to add); None: causal.
+
+        For methods that compute attention rows themselves, in `on_attention`. Raises UserError where the layer's
+        attention is more than a masked softmax (soft caps, sinks, biases), so that such rows would be wrong.
+        """
+        return self.running_mask()
 
     @property
     def visual(self) -> slice:

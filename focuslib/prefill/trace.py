@@ -1,19 +1,17 @@
 """Sparse traces: what each vector of each GEMM site did, and the files an architecture simulator reads.
 
-The native file (.trace) holds one small code a vector, compressed layer by layer: about a fortieth of the simulator's
-.pth or less, and read one layer at a time. It is written while a prefill runs, so recording needs one layer in memory.
-
-    the records: each a zlib stream of one site's codes in one layer, [S, V] uint8
-    the index: JSON; geometry, and offset, size and CRC-32 of each record
-    the end: the size of the index (8 bytes, little-endian) and MAGIC
+The native file (.trace, see trace_file) holds one small code a vector, compressed layer by layer: about a fortieth of
+the simulator's .pth or less, and read one layer at a time. It is written while a prefill runs, so recording needs one
+layer in memory.
 """
 
-import json
-import struct
+import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,10 +23,11 @@ from focuslib.grid import VisualGrid
 from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, ZERO, resolve_pointers
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.pth import StreamedTensor, save_streamed
+from focuslib.prefill.trace_file import DAMAGE, TraceFile, write_codes, write_index
+from focuslib.prefill.trace_v1 import TraceFileV1, is_v1
 
-MAGIC = b"focustrace1\n"
 # What a file may ask for; far above any model, far below what would exhaust a machine.
-_MAX_TOKENS, _MAX_LAYER, _MAX_LAYERS, _MAX_INDEX, _MAX_INT = 1 << 22, 1 << 28, 4096, 1 << 26, 1 << 40
+_MAX_TOKENS, _MAX_LAYER, _MAX_LAYERS, _MAX_INT = 1 << 22, 1 << 28, 4096, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,10 @@ class Trace:
             for kind, sites in self._streamed().items()
         }
 
-    def save_pth(self, path: Path) -> None:
+    def save_pth(self, path: str | Path) -> None:
         """Write the simulator's file atomically, a layer at a time; it loads with torch.load(weights_only=True)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_streamed(self._streamed(), partial)
-        partial.replace(path)
+        with _replacing(path) as partial:
+            save_streamed(self._streamed(), partial)
 
     def _streamed(self) -> dict[str, dict[str, StreamedTensor]]:
         def tensors(dtype: torch.dtype, of: Callable[[Tensor], Tensor]) -> dict[str, StreamedTensor]:
@@ -119,77 +116,107 @@ class Trace:
             "group_idx": tensors(torch.int32, self._group_index),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the native file (.trace) atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            writer = TraceWriter(file)
-            for site, layers in self.codes.items():
-                for layer in range(len(layers)):
-                    if isinstance(layers, _Layers):
-                        writer.add_compressed(layer, site, layers.shape[2], layers.compressed(layer))
-                    else:
-                        writer.add(layer, site, layers[layer])
-            writer.close(self.grid, self.frame_block, self.block, self.max_doublings)
-        partial.replace(path)
+        with _replacing(path) as partial, partial.open("wb") as file:
+            if source := self._unchanged_file():
+                source.seek(0)
+                shutil.copyfileobj(source, file, 1 << 20)
+                return
+            with TraceWriter(file) as writer:
+                for layer, site in product(range(self.num_layers), self.codes):  # the order of a prefill
+                    writer.add(layer, site, self.codes[site][layer])
+                writer.close(self.grid, self.frame_block, self.block, self.max_doublings)
+
+    def _unchanged_file(self) -> BinaryIO | None:
+        """The native file of which this trace is all, if there is one: nothing has to be compressed again."""
+        source = self.codes.source if isinstance(self.codes, _FileCodes) else None
+        geometry = _geometry(self.grid, self.frame_block, self.block, self.max_doublings)
+        if isinstance(source, TraceFile) and geometry == {key: source.index[key] for key in geometry}:
+            return source.file
+        return None
 
     @classmethod
-    def load(cls, path: Path) -> "Trace":
-        """Open a native file. Raises UserError if it is not a whole one; never runs code from the file."""
+    def load(cls, path: str | Path) -> "Trace":
+        """Open a native file, of this or the first format; never runs code from it.
+
+        Raises
+        ------
+        UserError
+            If there is no such file or it is not a whole one. A damaged layer is found when it is read.
+        """
         try:
-            return cls.open(path.open("rb"), str(path))
+            return cls.open(Path(path).open("rb"), str(path))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a .trace file") from error
 
     @classmethod
     def open(cls, file: BinaryIO, name: str) -> "Trace":
         """As `load`, of an open file, which the trace goes on reading. name: of the file, for errors."""
-        index, end = _read_index(file, name)
         try:
-            numbers = {key: _integer(value) for key, value in index["grid"].items()}
-            grid = VisualGrid(**numbers)
+            source = TraceFileV1(file) if is_v1(file) else TraceFile(file)
+            index = source.index
+            grid = VisualGrid(**{key: _integer(value) for key, value in index["grid"].items()})
             frame_block, block = _integer(index["frame_block"]), _integer(index["block"])
             doublings = None if index["max_doublings"] is None else _integer(index["max_doublings"])
             sides = (min(frame_block, grid.num_frames), min(block, grid.height), min(block, grid.width))
             if grid.length > _MAX_TOKENS or not 1 <= sides[0] * sides[1] * sides[2] <= MAX_CANDIDATES + 1:
                 raise ValueError("a grid or a block of impossible size")
-            codes = {site: _Layers(file, name, grid.length, index["records"][site], end) for site in SITES}
+            codes = _FileCodes(source, name, grid.length)
             if len({len(layers) for layers in codes.values()}) != 1:
                 raise ValueError("not every site has the same layers")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _damaged(name, str(error)) from error
+        except DAMAGE as error:
+            raise _damaged(name, error) from error
         return cls(grid, codes, frame_block, block, doublings)
 
 
 class TraceWriter:
-    """Takes codes as a prefill runs, compressed into a file. Without a file: one that vanishes with its reader."""
+    """Takes codes as a prefill runs, compressed into a file. Without a file: one that vanishes with its reader.
+
+    records: site → its number of vectors and the check sum of each layer so far.
+    """
 
     def __init__(self, file: BinaryIO | None = None):
         self.file = file or tempfile.TemporaryFile()  # noqa: SIM115  the trace reads it later
+        self.archive = zipfile.ZipFile(self.file, "w")
         self.records: dict[str, dict[str, Any]] = {}
         self.closed = False
 
+    def __enter__(self) -> "TraceWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.archive.close()
+
     def add(self, layer: int, site: str, codes: Tensor) -> None:
         """Store the codes [S, V] uint8 of a site; its layers come in order."""
-        self.add_compressed(layer, site, codes.shape[1], zlib.compress(codes.cpu().contiguous().numpy().data, 6))
-
-    def add_compressed(self, layer: int, site: str, vectors: int, data: bytes) -> None:
-        """The same, of a record that another file holds."""
-        record = self.records.setdefault(site, {"vectors": vectors, "layers": []})
+        record = self.records.setdefault(site, {"vectors": codes.shape[1], "layers": []})
         if layer != len(record["layers"]):
             raise ValueError(f"layer {layer} of {site} after {len(record['layers'])} layers")
-        record["layers"].append([self.file.tell(), len(data), zlib.crc32(data)])
-        self.file.write(data)
+        if codes.dtype != torch.uint8 or codes.shape[1] != record["vectors"]:
+            raise UserError(
+                f"trace: the codes of {site} in layer {layer} are {codes.dtype} {list(codes.shape)}; "
+                f"record uint8 of {record['vectors']} vectors a token in every layer"
+            )
+        record["layers"].append(write_codes(self.archive, site, layer, codes.cpu().numpy().tobytes()))
 
     def close(self, grid: VisualGrid, frame_block: int, block: int, max_doublings: int | None) -> None:
-        """Write the index, after which the file can be read."""
-        index = {
-            "grid": grid.to_dict(), "frame_block": frame_block, "block": block, "max_doublings": max_doublings,
-            "records": self.records,
-        }  # fmt: skip
-        data = json.dumps(index, separators=(",", ":")).encode()
-        self.file.write(data + struct.pack("<Q", len(data)) + MAGIC)
+        """Write the index, after which the file can be read.
+
+        Raises
+        ------
+        UserError
+            If a site lacks layers that another one has.
+        """
+        recorded = {site: len(self.records[site]["layers"]) if site in self.records else 0 for site in SITES}
+        most = max(recorded.values())
+        if least := [site for site in SITES if recorded[site] < most]:
+            raise UserError(
+                f"trace: {least[0]} was recorded in {recorded[least[0]]} of {most} layers; "
+                f"a method must record {', '.join(SITES)} in each"
+            )
+        write_index(self.archive, {**_geometry(grid, frame_block, block, max_doublings), "sites": self.records})
+        self.archive.close()
         self.file.flush()
         self.closed = True
 
@@ -200,60 +227,61 @@ class TraceWriter:
         return Trace.open(self.file, "trace")
 
 
-class _Layers(Sequence):
-    """One site's layers in a native file: item ℓ is its codes, [S, V] uint8."""
+class _FileCodes(Mapping):
+    """The codes of a native file: item `site` is its layers."""
 
-    def __init__(self, file: BinaryIO, name: str, tokens: int, record: dict[str, Any], end: int):
-        self.file, self.name = file, name
-        self.records = [tuple(map(_integer, entry)) for entry in record["layers"]]
-        self.shape = (len(self.records), tokens, _integer(record["vectors"]))
-        if not 1 <= len(self.records) <= _MAX_LAYERS or not 1 <= self.shape[1] * self.shape[2] <= _MAX_LAYER:
-            raise ValueError("a number of layers or vectors that no model has")
-        if any(len(entry) != 3 or entry[0] + entry[1] > end for entry in self.records):
-            raise ValueError("a record outside the file")
+    def __init__(self, source: TraceFile | TraceFileV1, name: str, tokens: int):
+        self.source = source
+        self.sites = {site: _Layers(source, name, tokens, site) for site in SITES}
+
+    def __getitem__(self, site: str) -> "_Layers":
+        return self.sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.sites)
 
-    def __getitem__(self, layer: int) -> Tensor:
+
+class _Layers(Sequence):
+    """One site's layers in a native file: item ℓ is its codes, [S, V] uint8, read when asked for."""
+
+    def __init__(self, source: TraceFile | TraceFileV1, name: str, tokens: int, site: str):
+        record = source.index["sites"][site]
+        self.source, self.name, self.site = source, name, site
+        self.shape = (len(record["layers"]), tokens, _integer(record["vectors"]))
+        if not 1 <= self.shape[0] <= _MAX_LAYERS or not 1 <= tokens * self.shape[2] <= _MAX_LAYER:
+            raise ValueError("a number of layers or vectors that no model has")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  no slices
+        layer = range(len(self))[layer]
         _, tokens, vectors = self.shape
-        size = tokens * vectors
-        stream = zlib.decompressobj()
         try:
-            data = stream.decompress(self.compressed(layer), size + 1)
-        except zlib.error as error:
-            raise _damaged(self.name, str(error)) from error
-        if len(data) != size or not stream.eof:
-            raise _damaged(self.name, f"layer {layer} is not {tokens} × {vectors} codes")
+            data = self.source.read(self.site, layer, tokens * vectors)
+            if len(data) != tokens * vectors:
+                raise ValueError(f"layer {layer} of {self.site} is not {tokens} × {vectors} codes")
+        except DAMAGE as error:
+            raise _damaged(self.name, error) from error
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(tokens, vectors)
 
-    def compressed(self, layer: int) -> bytes:
-        """The layer as it is in the file."""
-        offset, size, crc = self.records[layer]
-        self.file.seek(offset)
-        data = self.file.read(size)
-        if len(data) != size or zlib.crc32(data) != crc:
-            raise _damaged(self.name, f"layer {layer} fails its check sum")
-        return data
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` once all is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    partial.replace(path)
 
 
-def _read_index(file: BinaryIO, name: str) -> tuple[dict[str, Any], int]:
-    """The index of a native file, and where it begins."""
-    tail = 8 + len(MAGIC)
-    end = file.seek(0, 2) - tail
-    if end < 0:
-        raise _damaged(name, "it is too short")
-    file.seek(end)
-    last = file.read(tail)
-    (size,) = struct.unpack("<Q", last[:8])
-    if last[8:] != MAGIC or size > min(end, _MAX_INDEX):
-        raise _damaged(name, "its end is missing")
-    file.seek(end - size)
-    try:
-        index = json.loads(file.read(size))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(name, "its index is unreadable") from error
-    return index, end - size
+def _geometry(grid: VisualGrid, frame_block: int, block: int, max_doublings: int | None) -> dict[str, Any]:
+    """What an index says of the grid and the block."""
+    return {"grid": grid.to_dict(), "frame_block": frame_block, "block": block, "max_doublings": max_doublings}
 
 
 def _integer(value: Any) -> int:
@@ -262,7 +290,8 @@ def _integer(value: Any) -> int:
     return value
 
 
-def _damaged(name: str, why: str) -> UserError:
+def _damaged(name: str, error: Exception) -> UserError:
+    why = " ".join(str(error).split())[:200] or "it ends early"  # a name in a damaged index may hold anything
     return UserError(f"{name}: not a whole trace file ({why}); run its cell again")
 
 

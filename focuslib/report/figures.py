@@ -17,6 +17,14 @@ from focuslib.prefill.ops import SITES
 from focuslib.report.tables import comparison_table, method_label
 
 
+def show(table: pd.DataFrame) -> None:
+    """Show a table in a notebook: two decimals, no index, empty cells empty."""
+    if table.empty:
+        print("no such results")
+        return
+    display(table.style.format(precision=2, na_rep="").hide(axis="index"))
+
+
 def site_sparsity_figure(results: list[CellResult]) -> Figure | None:
     """Sparsity of each GEMM site by layer, mean over the questions, one panel a data set."""
     rows = [

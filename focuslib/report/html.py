@@ -7,7 +7,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 from focuslib.errors import UserError
-from focuslib.experiments.notebooks import EXPERIMENTS
+from focuslib.experiments.params import EXPERIMENTS
 
 
 def write_report(folder: Path) -> Path:

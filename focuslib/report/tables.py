@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import display
 
 from focuslib.errors import UserError
 from focuslib.evaluation.datasets import DATASETS
@@ -300,11 +299,3 @@ def average_table(table: pd.DataFrame) -> pd.DataFrame:
         if c in table
     ]
     return table.groupby(["Model", "Method"], sort=False)[columns].mean().reset_index()
-
-
-def show(table: pd.DataFrame) -> None:
-    """Show a table in a notebook: two decimals, no index, empty cells empty."""
-    if table.empty:
-        print("no such results")
-        return
-    display(table.style.format(precision=2, na_rep="").hide(axis="index"))
