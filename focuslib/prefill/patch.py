@@ -256,8 +256,8 @@ class _LayerForward:
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         kwargs.update(zip(self.names, args, strict=False))
         if self.patch.prefill is not None and not self.checked:
-            self.checked = True
             self._check(hidden_states, kwargs)
+            self.checked = True
         return self._forward(hidden_states, **kwargs)
 
     def _forward(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,
