@@ -13,7 +13,7 @@ BIN := $(ENV)/bin
 DONE := $(ENV)/.focuslib-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test test-browser lab bench verify report clean
+.PHONY: help setup reproduce smoke check test test-browser docs lab bench verify report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,12 +31,23 @@ reproduce: $(DONE) ## run the experiment notebooks: PROFILE=laptop (minutes, off
 smoke: $(DONE) ## run the paper profile's notebooks on tiny replicas of its models and data sets (minutes, offline)
 	$(BIN)/python tests/smoke.py $(ONLY)
 
+check: $(DONE) ## lint, format, import layers and types, and that the teaching notebooks run (a minute or two)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest --nbmake notebooks/extend.ipynb notebooks/explore.ipynb
+
 test: $(DONE) ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-browser: $(DONE) ## test the explorer in headless Chromium (apt-get install chromium); screenshots in build/browser
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
 	$(BIN)/python -m pytest tests/browser
+
+docs: $(DONE) ## build the documentation site, offline: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/check_links.py build/site
 
 lab: $(DONE) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -97,7 +97,7 @@ def reduce_site(
         "zero": zero.sum(1, dtype=torch.int32),
         "follows": follows.to(torch.uint8),
     }
-    if best is not None:
+    if best is not None and steps is not None:
         rank = torch.bucketize(best, torch.from_numpy(steps).float().to(best.device), out_int32=True)
         reduced["mean"] = (255 * best.sum(1) / (~zero).sum(1).clamp(min=1)).round().clamp(0, 255).to(torch.uint8)
         reduced["steps"] = rank[:, columns]
@@ -130,7 +130,7 @@ class Recording:
 def candidates(grid: VisualGrid, frame_block: int, block: int) -> list[tuple[int, tuple[int, int, int]]]:
     """Distance and (frames, rows, columns) of each candidate, in the order of VisualGrid.block_offsets."""
     ranges = (min(frame_block, grid.num_frames), min(block, grid.height), min(block, grid.width))
-    places = [place for place in product(*map(range, ranges)) if any(place)]
+    places = [place for place in product(range(ranges[0]), range(ranges[1]), range(ranges[2])) if any(place)]
     return list(zip(grid.block_offsets(frame_block, block), places, strict=True))
 
 
@@ -220,12 +220,13 @@ class Recorder(Events):
     def recording(self) -> Recording:
         """What the latest prefill showed."""
         probe, grid = self.probe, self.grid
+        doublings = probe.geometry(grid).max_doublings
         return Recording(
             grid=grid,
             sites={site: SiteView.stack(self.layers[site], self.shown[site], self.vectors[site]) for site in SITES},
             dropped=self.dropped.numpy(),
             candidates=candidates(grid, probe.frame_block, probe.block),
-            doublings=probe.geometry(grid).max_doublings,
+            doublings=grid.num_frames if doublings is None else doublings,
             thresholds=self.thresholds,
             threshold=probe.similarity_threshold,
             applied=self.method is probe and not probe.sec_only,

@@ -63,7 +63,7 @@ class ViewData:
     def sparsity(self, site: str, layer: int, threshold: float | None = None) -> float:
         """(similar + zero) / (S·V) at a site: the run's, or what a threshold (of recording.thresholds) would give."""
         view = self.recording.sites[site]
-        if threshold is None:
+        if threshold is None or view.above is None:
             similar = int(view.similar[layer].sum(dtype=np.int64))
         else:
             similar = int(view.above[layer, np.argmin(abs(self.recording.thresholds - threshold))])
@@ -151,16 +151,12 @@ class ViewData:
         text = json.loads(str(arrays.pop("text")))
         candidates = [(distance, tuple(place)) for distance, place in text["candidates"]]
         sites = {
-            site: SiteView(vectors, **{name: arrays.get(f"{site}.{name}") for name in _SITE_ARRAYS})
+            site: SiteView(vectors, **_present(arrays, _SITE_ARRAYS, f"{site}."))
             for site, vectors in text["vectors"].items()
         }
-        recording = Recording(
-            VisualGrid(**text["grid"]),
-            sites,
-            **{name: arrays.get(name) for name in _RECORDING_ARRAYS},
-            **{name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates},
-        )
-        layout = TokenLayout(*(arrays[f"layout.{name}"] for name in _LAYOUT_ARRAYS), tuple(text["panels"]))
+        words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
+        recording = Recording(VisualGrid(**text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
+        layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=tuple(text["panels"]))
         links = text["links"] and Links(
             text["links"]["title"], tuple(text["links"]["kinds"]), arrays["links.target"], arrays["links.kind"]
         )
@@ -194,6 +190,11 @@ class ViewData:
         if not lines:
             return []
         return ["Sub-sampled for drawing: " + ", ".join(lines) + "; counts, means and sparsities are over all vectors."]
+
+
+def _present(arrays: dict[str, Any], names: tuple[str, ...], before: str = "") -> dict[str, Any]:
+    """Those arrays of `names` that are there; `before` stands before their names in the file."""
+    return {name: arrays[before + name] for name in names if before + name in arrays}
 
 
 class _Arrays:
@@ -249,7 +250,7 @@ def run_view(
         ))  # fmt: skip
         with install(seen, vlm) as live:
             ids = vlm.generate_ids(inputs, max_new_tokens, streamer=_Steps(check))
-        return vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(), seen, live.last, live.sparsity
+        return vlm.decode(ids), seen, live.last, live.sparsity
 
     if not isinstance(method, Dense):
         answers["dense"] = run(Dense(), 0.05, 0.5)[0] if dense_answer is None else dense_answer

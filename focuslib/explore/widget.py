@@ -195,7 +195,8 @@ def explore(
     A clip that cannot be read is one line in the view (`error`).
     """
     method = method or default_method("focus", vlm)
-    probe = probe or (method if isinstance(method, Focus) else default_method("focus", vlm))
+    if probe is None:
+        probe = method if isinstance(method, Focus) else _default_focus(vlm)
     view = Explorer(vlm, media, question, method, probe, examples)
     progress = display(view.controls.progress, display_id=True)
     view.run(media, question, method)
@@ -222,6 +223,12 @@ def tiny_examples(each: int = 3) -> dict[str, tuple[str, str]]:
         for task in TASKS
         for number, doc in enumerate(load_docs(task, "test")[:each])
     }
+
+
+def _default_focus(vlm: VLM) -> Focus:
+    method = default_method("focus", vlm)
+    assert isinstance(method, Focus)
+    return method
 
 
 def default_method(name: str, vlm: VLM) -> Method:

@@ -26,7 +26,7 @@ class Array:
     rows: int = 32
     columns: int = 32
 
-    def tile_cycles(self, tile_rows: int) -> int:
+    def tile_cycles(self, tile_rows: float) -> float:
         """Cycles of one tile of `tile_rows` rows: fill, stream and drain."""
         return tile_rows + 2 * self.rows + self.columns - 3
 

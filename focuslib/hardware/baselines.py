@@ -167,7 +167,7 @@ def cmc_cost(
 
 
 def _cmc_attention(
-    shape: DecoderShape, layer: int, tokens: int, partitions: int, query: float, score: float, design: Accelerator
+    shape: DecoderShape, layer: int, tokens: int, partitions: float, query: float, score: float, design: Accelerator
 ) -> ProductCost:
     heads, width = shape.heads, shape.head_dim
     cycles = _cmc_cycles(design, tokens, partitions, width, tokens, query)
@@ -186,6 +186,8 @@ def _cmc_attention(
     )
 
 
-def _cmc_cycles(design: Accelerator, tokens: int, partitions: int, inputs: int, outputs: int, sparsity: float) -> float:
+def _cmc_cycles(
+    design: Accelerator, tokens: int, partitions: float, inputs: int, outputs: int, sparsity: float
+) -> float:
     tile_rows = int(tokens * (1 - sparsity) + partitions - 1) // partitions
     return _passes(design, tile_rows, partitions, inputs, outputs)

@@ -48,7 +48,7 @@ class ProductCost:
     activation: float
     stall: float = 0
     tile_rows: float = 0
-    tiles: int = 0
+    tiles: float = 0
     compression: float = 1.0
 
     @property
@@ -88,7 +88,7 @@ def dense_operations(shape: DecoderShape, tokens: int) -> int:
     return shape.layers * (tokens * linear + tokens**2 * shape.query_width)
 
 
-def ceiling(amount: float, size: int) -> float:
+def ceiling(amount: float, size: float) -> float:
     """(amount + size − 1) // size: the published rounding, applied as it is to fractions and negative amounts too."""
     return (amount + size - 1) // size
 

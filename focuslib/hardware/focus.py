@@ -142,7 +142,7 @@ def _attention(shape: DecoderShape, layer: int, rows: _Rows, design: Accelerator
     )
 
 
-def _tiled(array: Array, rows: int, m_tile: int, blocks: float) -> tuple[int, int, float]:
+def _tiled(array: Array, rows: int, m_tile: int, blocks: float) -> tuple[float, float, float]:
     """Tiles, rows a tile and cycles of a product of `rows` rows; nothing of none."""
     if not rows:
         return 0, 0, 0

@@ -29,7 +29,7 @@ def shape_of(model: str, checkpoint: str | Path | None = None) -> DecoderShape:
     if checkpoint is None and isinstance(known, DecoderShape):
         return known
     source = checkpoint or known
-    if source is None:
+    if source is None or isinstance(source, DecoderShape):
         raise UserError(f"{model}: its decoder is unknown; give its checkpoint, or one of {', '.join(KNOWN)}")
     return shape_from_config(_config_file(source))
 

@@ -98,11 +98,11 @@ def _designs(name: str, m_tile: Sizes, vector_size: Sizes, scatter: Sizes) -> li
 def _sizes(sizes: Sizes, what: str, special: int | None = None) -> list[int | None]:
     if sizes is None:
         return [None]
-    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-    for size in sizes:
-        if size != special and size < 1:
+    wanted: list[int | None] = [sizes] if isinstance(sizes, int) else list(sizes)
+    for size in wanted:
+        if size is not None and size != special and size < 1:
             raise UserError(f"{what} {size}: it must be at least 1{f', or {special} for one tile' if special else ''}")
-    return sizes
+    return wanted
 
 
 def run_hardware(source: str | Path, out: str | Path | None = None, **options) -> pd.DataFrame:

@@ -43,11 +43,11 @@ def _native(path: Path) -> tuple[Counts, int]:
         for site in SITES:
             codes = trace.codes[site][layer].numpy()  # [S, V]
             zero = codes == ZERO
-            zeros = np.count_nonzero(zero)
+            zeros = int(np.count_nonzero(zero))
             sites[site] = SiteCounts(
                 vectors=codes.shape[1],
                 zero=zeros,
-                similar=codes.size - zeros - np.count_nonzero(codes == ITSELF),
+                similar=codes.size - zeros - int(np.count_nonzero(codes == ITSELF)),
                 empty_tokens=_full_rows(zero),
             )
         counts.layers.append(sites)

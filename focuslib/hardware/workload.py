@@ -98,16 +98,18 @@ def run(workload: Workload, design: Accelerator, *, corrected: bool = False) -> 
 
     Raises UserError if the workload lacks what the accelerator needs.
     """
-    if not workload.has(design.name):
-        raise UserError(f"{workload.source}: {workload}: {LACKS[design.name]}, or leave {design.name} out")
     shape, tokens = workload.shape, workload.tokens
     if design.name == DENSE.name:
         return systolic_cost(shape, tokens)
-    if design.name == ADAPTIV.name:
+    if design.name == ADAPTIV.name and workload.adaptiv is not None:
         return adaptiv_cost(shape, tokens, workload.adaptiv)
-    if design.name == CMC.name:
+    if design.name == CMC.name and workload.cmc is not None and workload.frames is not None:
         return cmc_cost(shape, tokens, workload.frames, *workload.cmc)
-    counts = workload.with_counts().trace
-    if counts is None:
-        counts = schedule_counts(shape, tokens, *workload.schedule)
-    return focus_cost(shape, counts, design, corrected=corrected)
+    if workload.has(design.name):
+        counts = workload.with_counts().trace
+        if counts is None and workload.schedule is not None:
+            layers, retention = workload.schedule
+            counts = schedule_counts(shape, tokens, layers, retention)
+        if isinstance(counts, Counts):
+            return focus_cost(shape, counts, design, corrected=corrected)
+    raise UserError(f"{workload.source}: {workload}: {LACKS[design.name]}, or leave {design.name} out")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +36,12 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 class Inputs:
     """One prompt, ready for the model.
 
-    tensors: keyword arguments of the model's forward or generate. grid: where its visual tokens sit (None: no media).
+    Attributes
+    ----------
+    tensors
+        Keyword arguments of the model's forward or generate.
+    grid
+        Where its visual tokens sit; None: no media.
     """
 
     tensors: dict[str, Tensor]
@@ -51,7 +58,7 @@ class VLM:
     name: ClassVar[str]
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
-    generation: ClassVar[dict[str, Any]] = {}
+    generation: Mapping[str, Any] = MappingProxyType({})
     output_head: ClassVar[str] = "lm_head"
     vision_modules: ClassVar[tuple[str, ...]]
 
@@ -59,7 +66,7 @@ class VLM:
     quantization: str | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
-        self.model = model.eval()
+        self.model: Any = model.eval()  # whose attributes are its family's
         self.tokenizer = tokenizer
         self.sampling = sampling
 
@@ -75,13 +82,31 @@ class VLM:
         quantization: Any = None,
         **options: Any,
     ) -> VLM:
-        """Load a checkpoint folder or hub id (None: the published checkpoint).
+        """Load a checkpoint, without a network.
 
-        dtype, device, device_map: see checkpoint.load_model. quantization: None, "int8" (LLM.int8 of every
-        linear layer but the output head, as published), "int8_llm" (of the language model alone) or what
-        checkpoint.load_model takes. sampling: which frames of a video are seen.
-        options: of the family's `architecture`.
-        Raises UserError for a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
+        Parameters
+        ----------
+        pretrained
+            A checkpoint folder, or a hub id in the cache; None: the published checkpoint.
+        dtype, device, device_map
+            See `checkpoint.load_model`.
+        sampling
+            Which frames of a video are seen; None: the published rule.
+        quantization
+            None, "int8" (LLM.int8 of every linear layer but the output head, as published), "int8_llm" (of the language
+            model alone), or a transformers quantization config.
+        options
+            Of the family's `architecture`.
+
+        Raises
+        ------
+        UserError
+            For a checkpoint of another family, a half-downloaded one, or parameters that do not fit.
+
+        Examples
+        --------
+        >>> vlm = TinyOnevision.load()  # doctest: +SKIP
+        >>> vlm.generate("clip.mp4", "What happens?")  # doctest: +SKIP
         """
         config = quantization
         if quantization in ("int8", "int8_llm"):
@@ -152,9 +177,17 @@ class VLM:
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a piece of the prompt, no special tokens added."""
+        return self.needed_tokenizer()(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of new token ids [N]."""
+        return str(self.needed_tokenizer().decode(ids, skip_special_tokens=True)).strip()
+
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises UserError if the checkpoint has none."""
         if self.tokenizer is None:
             raise UserError("the checkpoint has no tokenizer files; add them to its folder")
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer
 
     def inputs_from_embeds(self, embeds: Tensor, grid: VisualGrid | None) -> Inputs:
         """Inputs of ready-made embeddings [T, D]."""
@@ -182,5 +215,4 @@ class VLM:
 
     def generate(self, media: Media | None, prompt: str, max_new_tokens: int = 16, **generation: Any) -> str:
         """Answer a prompt about a video or an image (see Media)."""
-        ids = self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation)
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self.decode(self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation))

@@ -101,15 +101,28 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the weights of a checkpoint folder, every parameter exactly once.
 
-    device_map: spread the model over devices (as in transformers); else it goes to `device`.
-    quantization: a transformers quantization config, such as BitsAndBytesConfig(load_in_8bit=True).
-    Raises UserError for missing, half-downloaded, unexpected or misshapen weights.
+    Parameters
+    ----------
+    folder, architecture
+        The checkpoint, and how to build its model.
+    dtype
+        Of the parameters; "auto": as the checkpoint has them.
+    device, device_map
+        Where the model goes; with a device_map it is spread over devices, as in transformers.
+    quantization
+        A transformers quantization config, such as BitsAndBytesConfig(load_in_8bit=True).
+
+    Raises
+    ------
+    UserError
+        For missing, half-downloaded, unexpected or misshapen weights.
     """
     check_shards(folder)
     if quantization is not None and device_map is None:
         device_map = {"": device}
     with _no_load_report():
-        model, info = architecture.model_class.from_pretrained(
+        load: Any = architecture.model_class.from_pretrained  # which returns a pair when asked for its loading info
+        model, info = load(
             folder,
             config=architecture.config,
             key_mapping=architecture.key_mapping,

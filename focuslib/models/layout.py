@@ -30,9 +30,10 @@ class TokenLayout:
     @classmethod
     def join(cls, parts: list["TokenLayout"], panels: tuple[str, ...]) -> "TokenLayout":
         """Layouts one after another in the sequence."""
-        return cls(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("frame", "panel", "box")), panels
+        frame, panel, box = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("frame", "panel", "box")
         )
+        return cls(frame, panel, box, panels)
 
 
 def rows_layout(grid: VisualGrid, newline: bool = False) -> TokenLayout:
@@ -83,7 +84,7 @@ def slices_layout(num_frames: int, size: int, queries: int, slices: tuple[int, i
     for number in range(columns * rows):
         row, column = divmod(number, columns)
         begin = first + number * (2 + queries) + row + 1  # a newline between rows of slices
-        part = whole * np.tile(np.float32([1 / columns, 1 / rows]), 2)
+        part = whole * np.tile(np.array([1 / columns, 1 / rows], np.float32), 2)
         part[:, 0] += column / columns
         part[:, 1] += row / rows
         box[begin : begin + queries], loose[begin : begin + queries] = part, False

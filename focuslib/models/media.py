@@ -8,6 +8,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from PIL import Image, ImageFile, ImageOps
 
 from focuslib.errors import UserError
@@ -20,10 +22,15 @@ FOLDER_FPS = 3.0  # frames a second of a folder of frames: that of MVBench's, th
 class FrameSampling:
     """Which frames of a video a model sees.
 
-    max_frames: the most frames taken; beyond it they are spread evenly from the first to the last.
-    per_second: candidates are taken at this rate (every round(fps / per_second)-th frame) and spread only if there are
-        more than max_frames. None: always max_frames, spread evenly (a shorter video repeats frames).
-    centred: spread over the candidates, each in the middle of its share of them, instead of from first to last frame.
+    Attributes
+    ----------
+    max_frames
+        The most frames taken; beyond it they are spread evenly from the first to the last.
+    per_second
+        Candidates are taken at this rate (every round(fps / per_second)-th frame) and spread only if there are more
+        than max_frames. None: always max_frames, spread evenly (a shorter video repeats frames).
+    centred
+        Spread over the candidates, each in the middle of its share of them, instead of from first to last frame.
     """
 
     max_frames: int
@@ -139,9 +146,12 @@ class _Packets:
     seekable: bool
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The stream that holds the film, not a cover picture."""
-    return container.streams.best("video")
+def _video_stream(container: InputContainer) -> av.VideoStream:
+    """The stream that holds the film, not a cover picture. Raises UserError if there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise UserError(f"{container.name}: has no video stream")
+    return stream
 
 
 def _list_packets(path: Path) -> _Packets:
@@ -150,8 +160,6 @@ def _list_packets(path: Path) -> _Packets:
     count = without_time = cut = 0
     with av.open(str(path)) as container:
         stream = _video_stream(container)
-        if stream is None:
-            raise UserError(f"{path}: has no video stream")
         announced, fps = stream.frames, float(stream.average_rate or stream.guessed_rate or 1)
         for packet in container.demux(stream):
             if packet.dts is None and packet.size == 0:  # the flush packet at the end
@@ -231,7 +239,7 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (av.FFmpegError, ValueError, OSError, EOFError) as error:
+    except (FFmpegError, ValueError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a readable video ({_one_line(error)})") from error
 
 

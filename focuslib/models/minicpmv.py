@@ -1,8 +1,10 @@
 """MiniCPM-V 2.6: openbmb/MiniCPM-V-2_6, for video (an image is a video of one frame)."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ class MiniCPMV(VLM):
     output_head = "llm.lm_head"
     vision_modules = ("vpm", "resampler")
     default_sampling = FrameSampling(max_frames=64, per_second=1, centred=True)
-    generation: ClassVar[dict[str, Any]] = {"repetition_penalty": 1.2, "pad_token_id": 0}
+    generation: Mapping[str, Any] = MappingProxyType({"repetition_penalty": 1.2, "pad_token_id": 0})
 
     def __init__(self, model: MiniCPMVModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
         super().__init__(model, tokenizer, sampling)
@@ -79,13 +81,13 @@ class MiniCPMV(VLM):
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             return SYSTEM + content + ASSISTANT
         message = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     def bounds(self, ids: list[int], count: int) -> list[tuple[int, int]]:
         """Where the tokens of the `count` slices lie in the prompt: [first, last + 1) each."""
-        token = self.tokenizer.convert_tokens_to_ids
-        starts = _where(ids, (token("<image>"), token("<slice>")))
-        ends = _where(ids, (token("</image>"), token("</slice>")))
+        token = self.needed_tokenizer().convert_tokens_to_ids
+        starts = _where(ids, token(["<image>", "<slice>"]))
+        ends = _where(ids, token(["</image>", "</slice>"]))
         if not len(starts) == len(ends) == count:
             raise UserError("the prompt itself holds image markers such as <image>; remove them")
         return [(start + 1, end) for start, end in zip(starts, ends, strict=True)]
@@ -93,7 +95,7 @@ class MiniCPMV(VLM):
     @torch.inference_mode()
     def encode(self, slices: list[Tensor]) -> Tensor:
         """Slices [3, H, W] in [−1, 1], of any shapes → [N, 64, D]. Those of one shape go through the tower together."""
-        features: list[Tensor | None] = [None] * len(slices)
+        features: dict[int, Tensor] = {}
         shapes: dict[torch.Size, list[int]] = {}
         for index, pixels in enumerate(slices):
             shapes.setdefault(pixels.shape, []).append(index)
@@ -103,7 +105,7 @@ class MiniCPMV(VLM):
                 pixels = torch.stack([slices[index] for index in batch]).to(self.device, self.dtype)
                 for index, feature in zip(batch, self.model.encode(pixels), strict=True):
                     features[index] = feature
-        return torch.stack(features)
+        return torch.stack([features[index] for index in range(len(slices))])
 
     @torch.inference_mode()
     def embed(self, ids: list[int]) -> Tensor:
@@ -130,7 +132,7 @@ class MiniCPMV(VLM):
         return slices_layout(grid.num_frames, grid.length // grid.num_frames, self.model.config.query_num, slices)
 
 
-def _where(ids: list[int], wanted: tuple[int, ...]) -> list[int]:
+def _where(ids: list[int], wanted: Any) -> list[int]:
     return [index for index, token in enumerate(ids) if token in wanted]
 
 
@@ -175,7 +177,8 @@ def fit(size: tuple[float, float], scale: int, patch: int) -> tuple[int, int]:
     ratio = size[0] / size[1]
     height = int(scale / math.sqrt(ratio))
     width = int(height * ratio)
-    return tuple(max(round(side / patch) * patch, patch) for side in (width, height))
+    width, height = (max(round(side / patch) * patch, patch) for side in (width, height))
+    return width, height
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -4,7 +4,7 @@ Parameter names are the checkpoint's own (vpm., resampler., llm.): it loads with
 """
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     """query_num: visual tokens a slice (64). The rest are the configurations of the two towers."""
 
     model_type = "focuslib_minicpmv"
-    sub_configs = {"text_config": Qwen2Config, "vision_config": Idefics2VisionConfig}  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"text_config": Qwen2Config, "vision_config": Idefics2VisionConfig}
 
     text_config: Qwen2Config | None = None
     vision_config: Idefics2VisionConfig | None = None
@@ -43,7 +43,8 @@ class Embeddings(Idefics2VisionEmbeddings):
         """
         side = self.num_patches_per_side
         boundaries = torch.arange(1 / side, 1.0, 1 / side, device="cpu")
-        fractions = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count, device="cpu"), device="cpu")
+        step: Any = 1 / torch.tensor(count, device="cpu")  # a tensor, as the original has it: it rounds to float32
+        fractions = torch.arange(0, 1 - 1e-6, step, device="cpu")
         return torch.bucketize(fractions, boundaries, right=True)
 
 
@@ -54,7 +55,8 @@ class VisionTower(nn.Module):
         super().__init__()
         config._attn_implementation = "sdpa"  # the encoder reads it; only a whole stock model would set it
         self.embeddings = Embeddings(config)
-        self.encoder = Idefics2Encoder(config)
+        whole: Any = config  # the stock encoder is annotated with the whole model's configuration
+        self.encoder = Idefics2Encoder(whole)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -86,11 +88,11 @@ class Resampler(nn.Module):
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """What `self.attn` computes, but with its output projection called as a layer, which may be an 8-bit one."""
         weights, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
-        split = [
+        q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
             for x, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
-        ]
-        return self.attn.out_proj(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+        )
+        return self.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def sine_cosine_positions(width: int, rows: int, columns: int) -> Tensor:
@@ -117,10 +119,11 @@ class MiniCPMVModel(PreTrainedModel):
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
-        text, vision = config.text_config, config.vision_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
         self.vpm = VisionTower(vision)
         self.resampler = Resampler(config.query_num, text.hidden_size, vision.hidden_size)
-        self.llm = Qwen2ForCausalLM(text)
+        self.llm: Any = Qwen2ForCausalLM(text)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

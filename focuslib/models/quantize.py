@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from focuslib.errors import needs_extra
 from focuslib.prefill.decoder import find_decoder
@@ -20,7 +20,7 @@ def int8_config(keep: tuple[str, ...]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
 
 
-def linear_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+def linear_layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What the linear layers of each part of a VLM are made of: how many, how many in 8 bit, their types and MiB."""
     decoder, parts = find_decoder(model), {}
     in_decoder, head = set(decoder.modules()), model.get_output_embeddings()

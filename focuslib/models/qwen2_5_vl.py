@@ -72,7 +72,7 @@ class Qwen25VL(VLM):
         config, device = self.model.config, self.device
         tokens = torch.tensor([ids], dtype=torch.long, device=device)
         tensors = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if grid is None:
+        if pixels is None or grid is None:
             return Inputs(tensors, None)
         if ids.count(config.image_token_id) != self.tokens(grid):
             raise UserError("the prompt itself holds image markers such as <|image_pad|>; remove them")

@@ -20,7 +20,26 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_vlm(
     name: str, pretrained: str | None = None, *, device: str | None = None, dtype: str = "auto", **settings
 ) -> VLM:
-    """Load a VLM by adapter name. device: None takes the GPU if there is one."""
+    """Load a VLM by adapter name.
+
+    Parameters
+    ----------
+    name
+        A key of MODELS, such as "llava_vid".
+    pretrained
+        A checkpoint folder, or a hub id in the cache; None: the published checkpoint.
+    device
+        None takes the GPU if there is one.
+    dtype
+        One of DTYPES.
+    settings
+        Further arguments of `VLM.load`.
+
+    Raises
+    ------
+    UserError
+        For an unknown name, device or dtype, and as `VLM.load`.
+    """
     adapter = pick(MODELS, name, "model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

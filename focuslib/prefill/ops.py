@@ -76,7 +76,7 @@ class SiteCounts:
 
 @dataclass
 class Counts:
-    """Per-layer site counts of one prefill over S visual tokens: layers[l][site]."""
+    """Per-layer site counts of one prefill over S visual tokens: `layers[l][site]`."""
 
     tokens: int
     layers: list[dict[str, SiteCounts]] = field(default_factory=list)

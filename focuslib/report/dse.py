@@ -136,8 +136,9 @@ def ablation_table(results: list[CellResult]) -> pd.DataFrame:
                 continue
             samples = result.answered
             left = np.array([(1 - s["computation_sparsity"]) * s["dense_operations"] for s in samples])
-            compare = dense is not None and name != "dense"
-            difference, half = paired_difference(*paired_scores(dense, result)) if compare else (np.nan, np.nan)
+            difference, half = np.nan, np.nan
+            if dense is not None and name != "dense":
+                difference, half = paired_difference(*paired_scores(dense, result))
             rows.append({
                 "Model": cell.model, "Dataset": cell.dataset, "Method": name,
                 "Questions": len(result.samples), "Failed": len(result.failures),

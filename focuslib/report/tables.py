@@ -140,7 +140,7 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
     """meta_data.csv: the geometry of the sample whose trace was written."""
     rows = []
     for result in results:
-        if result.cell.kind != "trace" or method_label(result.cell) != "focus":
+        if result.cell.kind != "trace" or method_label(result.cell) != "focus" or result.median_index is None:
             continue
         sample = result.samples[result.median_index]
         rows.append({

@@ -94,6 +94,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         raise RuntimeError(f"tinyvideo: this PyAV can encode none of {CODECS}; install av from conda-forge or PyPI")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS)
+        assert isinstance(stream, av.VideoStream)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18", "preset": "fast"} if codec == "libx264" else {"qscale": "2"}

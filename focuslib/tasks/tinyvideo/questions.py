@@ -73,7 +73,7 @@ def questions(scene: Scene) -> list[Question]:
             name = "object with the white border"
             quarter = QUARTERS[4 * o.appears // scene.frames]
             asked.append(Question("needle_color", f"What color is the {name}?", o.color, (i,), colors))
-            asked.append(Question("needle_place", f"Where does the {name} appear?", o.place, (i,)))
+            asked.append(Question("needle_place", f"Where does the {name} appear?", str(o.place), (i,)))
             asked.append(
                 Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,))
             )

@@ -13,7 +13,7 @@ class TinyVideoTask(ConfigurableTask):
     """A stock task in all but where its documents come from: they are rendered on first use, never downloaded."""
 
     def __init__(self, config=None, model_name=None):
-        super().__init__(config={k: v for k, v in config.items() if k != "class"}, model_name=model_name)
+        super().__init__(config={k: v for k, v in (config or {}).items() if k != "class"}, model_name=model_name)
 
     def download(self, dataset_kwargs=None) -> None:
         split = self.config.test_split
