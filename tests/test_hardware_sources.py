@@ -15,6 +15,7 @@ from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.hardware import QWEN2_7B, hardware_table, run_hardware, sample_cost
 from focuslib.hardware.focus import focus_cost
+from focuslib.hardware.paper import speedups
 from focuslib.hardware.reproduction import reproduce_hardware
 from focuslib.hardware.samples import mean_estimate, record_cost
 from focuslib.hardware.shapes import shape_of
@@ -144,6 +145,18 @@ def test_the_study_in_one_call(folder):
     plt.close(figures.speedup_figure(done.all_rows()))
     done = reproduce_hardware(folder / "none", PUBLISHED)
     assert done.ours.empty and "no meta_data.csv" in done.missing[0]
+
+
+def test_a_run_of_the_papers_own_cells_stands_beside_them():
+    """Rows of the same model and data set, with another baseline each."""
+    paper = reproduce_hardware(PUBLISHED / "none", PUBLISHED).videos
+    ours = paper.assign(basis="ours", execution_time=paper["execution_time"] * paper["accelerator"].map(len))
+    rows = pd.concat([paper, ours], ignore_index=True)
+    gains = speedups(rows)["speed-up"].to_numpy()
+    assert gains[: len(paper)] == pytest.approx(speedups(paper)["speed-up"].to_numpy(), nan_ok=True)
+    assert gains[len(paper) :] == pytest.approx(speedups(ours)["speed-up"].to_numpy(), nan_ok=True)
+    for draw in (figures.speedup_figure, figures.ablation_figure, figures.traffic_figure):
+        plt.close(draw(rows))
 
 
 def test_sweep_folder(folder):

@@ -169,7 +169,7 @@ def test_two_thousand_mutated_traces_are_refused_or_read_as_written(tmp_path):
     path, rng, outcomes = tmp_path / "a.trace", random.Random(9), Counter()
     golden_trace().save(path)
     whole, expected = path.read_bytes(), read_all(golden_trace())
-    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for number in range(2000):
         mutation = MUTATIONS[number % len(MUTATIONS)]
         path.write_bytes(mutation(whole, rng))
@@ -187,8 +187,7 @@ def test_two_thousand_mutated_traces_are_refused_or_read_as_written(tmp_path):
         assert (trace.grid, trace.frame_block, trace.block, trace.max_doublings) == (golden_trace().grid, 2, 2, 3), what
     assert outcomes["refused"] > 1000 and outcomes["read"] > 100, outcomes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 128 * 1024
-    assert time.monotonic() - started < 60
-    print(outcomes)
+    assert time.process_time() - started < 60
 
 
 def test_damaged_files_of_the_first_format_are_refused_in_one_line(tmp_path):

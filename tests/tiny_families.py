@@ -82,7 +82,7 @@ def prompt(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, IMAGE, (1, tokens), generator=torch.Generator().manual_seed(1))}
 
 
-def decoding_error(vlm, inputs: dict, layers: tuple, retention: tuple, steps: int = 16, extend=None) -> float:
+def decoding_error(vlm, inputs: dict, layers: tuple, retention: tuple, steps: int = 16) -> float:
     """The largest difference of logits between cached decoding under Focus and recomputation of the whole prompt."""
     settings = {"selected_layers": layers, "retention": retention, "vector_size": 8, "m_tile": 64}
     with Focus(**settings)(vlm) as run:
@@ -160,4 +160,6 @@ def gemma4() -> PreTrainedModel:
     """A VLM whose vision tower has layers of the decoder's shape."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-    return Gemma4ForConditionalGeneration(Gemma4Config(text_config=TEXT, vision_config=vision))
+    return Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=TEXT | {"vocab_size_per_layer_input": 96}, vision_config=vision)
+    )

@@ -160,6 +160,20 @@ def tune(
     return 0
 
 
+@app.command(rich_help_panel=_ALL, epilog="Example:\n\nfocus tuning --profile laptop")
+def tuning(profile: of.Profile = "laptop") -> int:
+    """Run the searches behind a profile's settings again.
+
+    The grids and bisections of params/<profile>/tuning.yaml; tables of each, and what they choose, in
+    results/<profile>/tuning.
+    """
+    from focuslib.experiments.paper import results_folder
+    from focuslib.experiments.tuning import run_tuning
+
+    print(run_tuning(profile, results_folder(profile)).to_string(index=False))
+    return 0
+
+
 def _assignment(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:

@@ -10,6 +10,15 @@ from focuslib.errors import UserError
 MASKED = ("sdpa", "eager")  # implementations whose mask says all: others keep the window to themselves
 
 
+def require_mask(implementation: str) -> None:
+    """Raise UserError unless an implementation takes a mask that says which tokens a window or padding hides."""
+    if implementation not in MASKED:
+        raise UserError(
+            f"{implementation} attention cannot hide padding, or what lies outside a sliding window, once tokens are "
+            "dropped; load the model with attn_implementation='sdpa'"
+        )
+
+
 def padding_of(mask: Tensor | None) -> Tensor | None:
     """The padding by a layer's mask: the tokens that do not see themselves, [T] bool; None if there are none."""
     if mask is None:
@@ -82,11 +91,7 @@ class Origins:
         windowed = window is not None and self.now >= window
         if not windowed and self.padding is None:
             return None
-        if implementation not in MASKED:
-            raise UserError(
-                f"{implementation} attention cannot leave out padding or tokens outside a sliding window of {window} "
-                "after a drop; load the model with attn_implementation='sdpa'"
-            )
+        require_mask(implementation)
         device = query.device
         prompt = torch.arange(self.length, device=device) if self.kept[layer] is None else self.kept[layer].to(device)
         positions = torch.cat([prompt, torch.arange(self.length, self.now + 1, device=device)])

@@ -26,7 +26,7 @@ from focuslib.errors import UserError
 from focuslib.kernels.semantic import attention_rows
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
-from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of
+from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
 
@@ -199,13 +199,14 @@ class _Patch:
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         """The attention function during the block: the events, then the model's own implementation."""
-        prefill, layer = self.prefill, module.layer_idx
+        prefill, layer, window = self.prefill, module.layer_idx, kwargs.get("sliding_window")
         self.reached = True
         if prefill is None:
             if self.origins is not None:
-                window = kwargs.get("sliding_window")
                 mask = self.origins.step_mask(layer, q, k.shape[2], window, self.implementation)
             return self.base_attention(module, q, k, v, mask, **kwargs)
+        if prefill.kept is not None and window is not None and self.origins.length > window:
+            require_mask(self.implementation)
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         prefill.running_mask = partial(self._rows_mask, module, q, k, v, mask, kwargs)
         q = self.method.on_attention(prefill, layer, q[0], k[0], scaling)[None]
@@ -255,8 +256,8 @@ class _LayerForward:
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         kwargs.update(zip(self.names, args, strict=False))
         if self.patch.prefill is not None and not self.checked:
-            self.checked = True
             self._check(hidden_states, kwargs)
+            self.checked = True
         return self._forward(hidden_states, **kwargs)
 
     def _forward(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from focuslib.errors import UserError
 from focuslib.kernels.semantic import attention_rows
@@ -29,7 +30,8 @@ def layer_kind(layer: nn.Module, own: Callable) -> tuple:
         )))
         for name, module in layer.named_modules()
     ]  # fmt: skip
-    return (getattr(own, "__func__", own), *parts)
+    # what a layer has beside the pre-norm modules may matter in one layer and be neutral in the next
+    return (getattr(own, "__func__", own), *parts, id(layer) if _extras(layer) else None)
 
 
 def check_layer(model: str, layer: nn.Module, own: Callable, ours: Callable, hidden: Tensor, arguments: Arguments):
@@ -129,7 +131,7 @@ def first_tokens(name: str, value: Any) -> Any:
         return value[..., :TOKENS]
     if name == "position_embeddings" and isinstance(value, tuple):
         return tuple(part[..., :TOKENS, :] for part in value)
-    return None if name == "past_key_values" else value
+    return None if isinstance(value, Cache) else value
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from focuslib.hardware.paper import speedups
+from focuslib.hardware.paper import baseline_values, speedups
 
 HATCHES = {"recomputed here": "", "published": "///", "ours": "..."}
 LABELS = {
@@ -60,10 +60,8 @@ def traffic_figure(rows: pd.DataFrame) -> Figure:
     for axis, column, label in zip(
         axes, ("total_dram_access", "total_activation"), ("DRAM bytes", "activation bytes"), strict=True
     ):
-        base = rows[rows["accelerator"] == "dense"].set_index(["model", "dataset"])[column]
-        keys = pd.MultiIndex.from_frame(rows[["model", "dataset"]])
         table = rows[["model", "dataset", "accelerator", "basis"]].assign(
-            value=rows[column].to_numpy() / base.reindex(keys).to_numpy()
+            value=rows[column].to_numpy() / baseline_values(rows, column)
         )
         _bars(axis, _with_means(table, "value"), "value", names)
         axis.set_ylabel(f"{label}, share of dense")
@@ -192,7 +190,8 @@ def _joined(products: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
 
 def _with_means(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Cells in rows named model and data set, and after them each basis's geometric mean."""
-    table = table.assign(cell=table["model"] + " " + table["dataset"])
+    ours_too = np.where(table["basis"] == "ours", ", ours", "")  # the paper's models can be run here as well
+    table = table.assign(cell=table["model"] + " " + table["dataset"] + ours_too)
     paper, ours = table[table["basis"] != "ours"], table[table["basis"] == "ours"]
     parts = []
     for part, name in ((paper, "geometric mean, paper"), (ours, "geometric mean, ours")):
