@@ -135,7 +135,7 @@ def test_a_threshold_off_the_steps_has_its_own():
 
 
 @pytest.mark.parametrize(
-    ("method", "kinds"), [(Cmc(), 5), (Adaptiv(threshold=0.3), 3), (FrameFusion(), 3), (Dense(), 0)]
+    ("method", "kinds"), [(Cmc(), 4), (Adaptiv(threshold=0.3), 3), (FrameFusion(), 3), (Dense(), 0)]
 )
 def test_every_method_has_a_view(vlm, method, kinds):
     data = run_view(vlm, clip(9), QUESTION, method, FOCUS)

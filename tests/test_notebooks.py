@@ -5,12 +5,12 @@ import papermill
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib import report
 from focuslib.experiments import paper
 from focuslib.experiments.paper import plan, study_hardware
 from focuslib.experiments.params import EXPERIMENTS
 from focuslib.experiments.store import read_status
 from focuslib.paths import project_root
+from focuslib.report import notebook as report
 
 ROOT = project_root()
 

@@ -14,6 +14,7 @@ from focuslib.evaluation.settings import methods_file
 from focuslib.experiments.check import PublishedCost, published_cost
 from focuslib.experiments.paper import plan, planned_cells
 from focuslib.experiments.params import EXPERIMENTS, read_params
+from focuslib.experiments.tuning import read_tuning
 from focuslib.methods import METHODS
 from focuslib.methods.base import Method
 from focuslib.methods.settings import make_method
@@ -120,6 +121,9 @@ def read_and_plan(path):
         return lambda: plan("baselines", "laptop")
     if path.stem == "cost":
         published_cost()
+        return lambda: None
+    if path.stem == "tuning":
+        read_tuning(path)
         return lambda: None
     params = read_params(path)
     return lambda: planned_cells(path.stem, params)
@@ -229,7 +233,7 @@ def test_changes_are_checked_as_the_file_is():
     ("text", "line"),
     [
         ("focus: [{m_tiles: 3}]", "focus: entry 1: unknown setting of focus 'm_tiles'; did you mean m_tile?"),
-        ("cmc: [{}, {interval: true}]", "cmc: entry 2: cmc: interval=True is not int"),
+        ("cmc: [{}, {interval: true}]", "cmc: entry 2: interval=True is not int"),
         ("cmc: [{interval: [1]}]", "interval=[1] is not int"),
         ("dense: [{interval: 1}]", "unknown setting of dense 'interval'; there is none"),
         ("focus: {m_tile: 3}", "focus: settings {'m_tile': 3} must be a list of entries"),

@@ -145,6 +145,7 @@ def add(self, *args):
     given.append(1)
     if len(given) == 2 and multiprocessing.parent_process():
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        signal.pause()  # this worker answers no more; it ends as soon as it sees that its parent has
 Journal.add = add  # a worker imports this file too
 if __name__ == "__main__":
     from test_robustness import cells, run

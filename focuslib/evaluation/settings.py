@@ -66,7 +66,7 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, Entry)}") from error
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {str(error).removeprefix(f'method {method}: ')}") from error
     return entry
 
 

@@ -12,7 +12,7 @@ from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
 from focuslib.paths import params_folder, read_yaml
 from focuslib.validation import Strict, validate
 
-BISECT_TOLERANCE = 0.2  # points of counted sparsity
+BISECT_TOLERANCE = 0.25  # points of counted sparsity
 
 
 class Grid(Strict):
@@ -39,6 +39,7 @@ class Tuning(Strict):
     model: str
     checkpoint: str | None = None
     limit: int | None = None
+    bisect_limit: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -54,9 +55,8 @@ class Tuning(Strict):
         return {name: getattr(self, name) for name in ("model", "checkpoint", "limit", "device", "dtype", "seed")}
 
 
-def read_tuning(profile: str) -> Tuning:
-    """A profile's tuning.yaml. Raises UserError in one line if it is not one."""
-    path = params_folder() / profile / "tuning.yaml"
+def read_tuning(path: Path) -> Tuning:
+    """A tuning.yaml. Raises UserError in one line if it is not one."""
     return Tuning(**validate(Tuning, read_yaml(path), str(path)))
 
 
@@ -66,7 +66,7 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
     chosen.csv has one row a search (and data set, for a bisection): its settings, its score, the difference to dense
     and the counted sparsity. What is there from an earlier run is not run again.
     """
-    tuning, target = read_tuning(profile), folder / "tuning"
+    tuning, target = read_tuning(params_folder() / profile / "tuning.yaml"), folder / "tuning"
     target.mkdir(parents=True, exist_ok=True)
     chosen = []
     for name, grid in tuning.grid.items():
@@ -78,7 +78,7 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
         for dataset in tuning.datasets:
             table = bisect_sparsity(
                 name, bisection.setting, bisection.low, bisection.high, tuning.target, bisection.fixed, [dataset],
-                tuning.common(), folder, tolerance=BISECT_TOLERANCE, workers=tuning.workers,
+                {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE, workers=tuning.workers,
             )  # fmt: skip
             write(table, target / f"matched_{name}_{dataset.removesuffix('_tune')}.csv")
             chosen.append({"Search": f"matched_{name}", "Datasets": dataset, **bisection.fixed, **table.iloc[0]})

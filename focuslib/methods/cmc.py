@@ -108,10 +108,11 @@ class Cmc(Method):
         match, itself = record.details["linear_match"].numpy(), np.arange(record.grid.length)
         size = record.grid.tokens_per_frame
         in_i_frame = (itself // size) % self.interval == self.i_frame
-        kind = np.select([match == ZEROED, match < 0, in_i_frame, match % size == itself % size], [4, 0, 1, 2], 3)
-        kinds = ("computed itself", "I-frame", "same place in the I-frame", "elsewhere in the I-frame")
+        kind = np.select([match < 0, in_i_frame, match % size == itself % size], [0, 1, 2], 3)
+        alone = "computed itself"
         if (match == ZEROED).any():
-            kinds = (*kinds, "zeroed: its interval has no I-frame")
+            alone = "computed itself, or zeroed in a last interval without an I-frame"
+        kinds = (alone, "I-frame", "same place in the I-frame", "elsewhere in the I-frame")
         target = np.where(match < 0, itself, match)
         return Links("best I-frame match (linear layers)", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
