@@ -47,8 +47,8 @@ class Tuning(Strict):
     tolerance: float = 1.0
     target: float = 60
     datasets: list[str] = Field(default_factory=list)
-    grid: dict[str, Grid]
-    bisect: dict[str, Bisection]
+    grid: dict[str, Grid] = Field(default_factory=dict)
+    bisect: dict[str, Bisection] = Field(default_factory=dict)
 
     def common(self) -> dict[str, Any]:
         """What all cells have in common."""
@@ -78,7 +78,8 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
         for dataset in tuning.datasets:
             table = bisect_sparsity(
                 name, bisection.setting, bisection.low, bisection.high, tuning.target, bisection.fixed, [dataset],
-                {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE, workers=tuning.workers,
+                {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE,
+                workers=tuning.workers,
             )  # fmt: skip
             write(table, target / f"matched_{name}_{dataset.removesuffix('_tune')}.csv")
             chosen.append({"Search": f"matched_{name}", "Datasets": dataset, **bisection.fixed, **table.iloc[0]})
