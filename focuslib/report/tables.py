@@ -27,6 +27,7 @@ ACCURACY_COLUMNS = {
     "int8_dense": "INT8_Dense",
     "int8_focus": "INT8_Focus",
 }
+SATURATED = 99.0  # percent of right answers from which a score no longer tells methods apart
 CMC_SPARSITIES = ("linear_sparsity", "query_sparsity", "attn_score_sparsity")
 
 
@@ -65,6 +66,7 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
         if base is not None and row["Method"] != "dense":
             difference, half = paired_difference(*paired_scores(base, result))
             row |= {"Difference": 100 * difference, "Difference ±": 100 * half}
+        row["Note"] = "saturated" if row["Right"] >= SATURATED else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
