@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from focuslib.errors import needs_extra
 from focuslib.tasks.tinyimage import build as tinyimage
 from focuslib.tasks.tinyvideo import build as tinyvideo
 
@@ -52,12 +54,17 @@ class Dataset:
     @property
     def folder(self) -> Path:
         """Where the tasks' YAML files are (lmms-eval's are found without importing it)."""
-        return self.own_folder or Path(find_spec("lmms_eval").origin).parent / "tasks" / self.name
+        if self.own_folder is not None:
+            return self.own_folder
+        package = find_spec("lmms_eval")
+        if package is None or package.origin is None:
+            raise needs_extra(f"data set {self.name}", "eval")
+        return Path(package.origin).parent / "tasks" / self.name
 
 
 def _embedded(task: str, benchmark: ModuleType) -> Dataset:
     """A task that ships with the package; benchmark: the module that builds its data."""
-    folder = Path(benchmark.__file__).parent
+    folder = Path(inspect.getfile(benchmark)).parent
     return Dataset(
         name=task,
         tasks=(task,),

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -103,8 +102,8 @@ def evaluate(
 
 
 @contextmanager
-def _without_bars(evaluator: ModuleType) -> Iterator[None]:
-    """Keep lmms-eval's own bars off the screen: they run over answers that are there already."""
+def _without_bars(evaluator: Any) -> Iterator[None]:
+    """Keep lmms-eval's own bars off the screen: they run over answers that are there already. evaluator: its module."""
     shown = evaluator.tqdm
     evaluator.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
     try:

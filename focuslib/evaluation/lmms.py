@@ -112,7 +112,7 @@ class FocusLmms(lmms):
                 key = digest([*asked, task, split, doc_id, context, generation])
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
-                    entry = self._answer(run, *request.args)
+                    entry = self._answer(method, run, *request.args)
                     if self.journal and ("error" not in entry or "final" in entry):
                         self.journal.add(key, entry)
                 self.records[task, doc_id] = entry
@@ -120,7 +120,8 @@ class FocusLmms(lmms):
                 bar.update()
         return answers
 
-    def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
+    def _answer(self, method: Method, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str,
+                split: str) -> dict:  # fmt: skip
         """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
             with readable_images(f"{task} {doc_id}"):
@@ -141,13 +142,13 @@ class FocusLmms(lmms):
                 torch.cuda.empty_cache()  # what an out-of-memory question took
             return _failure(task, doc_id, error)
         seconds = time.perf_counter() - start
-        answer = self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answer = self.vlm.decode(ids)
         stops = generation.get("until") or ()
         for stop in (stops,) if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0]
         if self.save_trace is not None:
             self.save_trace(task, doc_id, run)
-        entry = {"answer": answer, "seconds": seconds, **summary(run.method, run.last)}
+        entry = {"answer": answer, "seconds": seconds, **summary(method, run.last)}
         run.prefills.clear()
         return entry
 

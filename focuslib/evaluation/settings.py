@@ -23,6 +23,11 @@ class Entry(BaseModel):
     models: list[str] | None = None
     datasets: list[str] | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, by name."""
+        return self.model_extra or {}
+
 
 def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
     """The hyper-parameters of a method for a model and data set, from params/methods.yaml.
@@ -62,7 +67,7 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
             pick(MODELS, name, "model")
         for name in entry.datasets or []:
             pick(DATASETS, name, "dataset")
-        typed_settings(method, entry.model_extra)
+        typed_settings(method, entry.settings)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, Entry)}") from error
     except UserError as error:
@@ -75,5 +80,5 @@ def matching_settings(entries: list[Entry], model: str, dataset: str) -> dict[st
     settings: dict[str, Any] = {}
     for entry in entries:
         if (entry.models is None or model in entry.models) and (entry.datasets is None or dataset in entry.datasets):
-            settings.update(entry.model_extra)
+            settings.update(entry.settings)
     return settings

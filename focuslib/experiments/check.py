@@ -54,14 +54,14 @@ def check_profile(profile: str) -> list[Pair]:
     if not experiments:
         raise UserError(f"{folder}: no such profile")
     costs = _Costs()
-    look_up = cache(weights), cache(data), cache(device)  # a model or data set is in many cells
+    weights_of, data_of, device_of = cache(weights), cache(data), cache(device)  # a model or data set is in many cells
     pairs: dict[tuple[str, str], Pair] = {}
     for experiment in experiments:
         for cell in plan(experiment, profile)[1]:
             key = (cell.model, cell.dataset)
             if key not in pairs:
-                names = (cell.model, cell.checkpoint), (cell.dataset,), (cell.device,)
-                pairs[key] = Pair(*key, *(part(*name) for part, name in zip(look_up, names, strict=True)))
+                parts = weights_of(cell.model, cell.checkpoint), data_of(cell.dataset), device_of(cell.device)
+                pairs[key] = Pair(*key, *parts)
             pair = pairs[key]
             if experiment not in pair.experiments:
                 pair.experiments.append(experiment)

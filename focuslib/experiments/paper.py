@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def dse_cells(params: dict[str, Any]) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def int8_cells(params: dict[str, Any], medians: dict[tuple[str, str], int | None]) -> list[Cell]:
+def int8_cells(params: dict[str, Any], medians: Mapping[tuple[str, str], int | None]) -> list[Cell]:
     """The cells in 8 bit and those of the main experiment. medians: (model, data set) → the sample that is traced."""
 
     def accuracy(common: dict[str, Any]) -> list[Cell]:

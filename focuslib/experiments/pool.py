@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from threading import Thread
 
 import torch
@@ -48,7 +49,9 @@ def _quiet_workers() -> Iterator[None]:
 
 def _begin(threads: int, started) -> None:
     """Set up a worker. started: a shared counter of the workers."""
-    Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     torch.set_num_threads(threads)
@@ -56,7 +59,7 @@ def _begin(threads: int, started) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: BaseProcess) -> None:
     """A worker whose parent was killed must not go on writing beside the next run's."""
-    multiprocessing.parent_process().join()
+    parent.join()
     os._exit(1)

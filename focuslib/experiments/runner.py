@@ -168,24 +168,22 @@ class _Loader:
     """Keeps one model in memory; a checkpoint that could not be loaded is not tried again."""
 
     def __init__(self):
-        self.key: tuple | None = None
-        self.vlm: VLM | None = None
+        self.loaded: tuple[tuple, VLM] | None = None  # key, model
         self.errors: dict[tuple, UserError] = {}
 
     def __call__(self, cell: Cell) -> VLM:
         key = (cell.model, cell.checkpoint, cell.device, cell.dtype, cell.quantization)
         if key in self.errors:
             raise self.errors[key]
-        if key != self.key:
-            self.key = self.vlm = None
+        if self.loaded is None or self.loaded[0] != key:
+            self.loaded = None
             gc.collect()
             try:
-                self.vlm = load_cell(cell)
+                self.loaded = key, load_cell(cell)
             except UserError as error:
                 self.errors[key] = error.with_traceback(None)  # which would keep what was loaded so far
                 raise
-            self.key = key
-        return self.vlm
+        return self.loaded[1]
 
 
 def load_cell(cell: Cell) -> VLM:

@@ -54,7 +54,8 @@ class CellResult:
         if not mean or self.score is None:
             return 0.0, 100 * proportion_interval(0, len(self.samples))[1]
         # a category without questions counts as 0 in some scores, and some have another unit
-        return tuple(bound * self.score / mean for bound in score_interval(list(groups.values())))
+        low, high = score_interval(list(groups.values()))
+        return low * self.score / mean, high * self.score / mean
 
     @property
     def unreadable(self) -> bool:
@@ -156,7 +157,7 @@ def export_traces(outcome: Outcome, targets: Iterable[tuple[Cell, Path]]) -> Non
     known = json.loads(sources.read_text()) if sources.exists() else {}
     for cell, path in targets:
         result = outcome.result(cell)
-        if result is None:
+        if result is None or result.trace is None:
             continue
         native = outcome.folder / "cells" / result.trace
         content = sha256(native.read_bytes()).hexdigest()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from focuslib.models.base import VLM
 from focuslib.prefill.patch import install
-from focuslib.prefill.record import Links, Prefill, PrefillRecord, Run
+from focuslib.prefill.record import Events, Links, Prefill, PrefillRecord, Run
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Events):
     """A token-concentration method: a frozen dataclass of hyper-parameters whose methods are the events of a prefill.
 
     Use it as a context manager on a loaded model: `with Focus()(vlm) as run: vlm.generate(video, question)`.

@@ -1,6 +1,7 @@
 """Find the language model inside a VLM, and say in one line why the patch cannot work on it."""
 
 from collections import defaultdict
+from typing import Any
 
 from torch import nn
 
@@ -26,20 +27,20 @@ def find_decoder(model: nn.Module) -> nn.Module:
         If there is none, or its layers lack a part that the patch hooks or calls.
     """
     name, embeddings = type(model).__name__, _input_embeddings(model)
-    found = None
+    found: list[Any] = []  # outermost first
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and embeddings in set(module.modules()):
-            found = module
-    if embeddings is None or found is None:
+            found.append(module)
+    if embeddings is None or not found:
         raise UserError(f"{name} has no decoder of the Llama/Qwen2 shape: nothing with `layers` holds input embeddings")
-    for layer in found.layers:
+    for layer in found[-1].layers:
         if lacking := _lacking(layer):
             raise UserError(f"{name} has no decoder of the Llama/Qwen2 shape: {type(layer).__name__} has no {lacking}")
-    return found
+    return found[-1]
 
 
-def decoder_shape(decoder: nn.Module) -> DecoderShape:
+def decoder_shape(decoder: Any) -> DecoderShape:
     """The dimensions of a decoder, from its config. Raises UserError if they differ by layer."""
     config = decoder.config
     try:
@@ -57,7 +58,7 @@ def decoder_shape(decoder: nn.Module) -> DecoderShape:
         raise UserError(f"{type(decoder).__name__}: its {layer}s do not share one shape: {reason}") from error
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
+def _input_embeddings(model: Any) -> nn.Module | None:
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):

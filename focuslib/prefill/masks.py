@@ -88,15 +88,16 @@ class Origins:
 
         query: the layer's queries [1, H, 1, d]. window: how many tokens back the layer sees, None for all.
         """
-        windowed = window is not None and self.now >= window
-        if not windowed and self.padding is None:
+        if window is not None and self.now < window:
+            window = None  # it reaches back to the first token
+        if window is None and self.padding is None:
             return None
         require_mask(implementation)
-        device = query.device
-        prompt = torch.arange(self.length, device=device) if self.kept[layer] is None else self.kept[layer].to(device)
+        device, kept = query.device, self.kept[layer]
+        prompt = torch.arange(self.length, device=device) if kept is None else kept.to(device)
         positions = torch.cat([prompt, torch.arange(self.length, self.now + 1, device=device)])
         seen = torch.ones_like(positions, dtype=torch.bool)
-        if windowed:
+        if window is not None:
             seen = self.now - positions < window
         if self.padding is not None:
             seen[: len(prompt)] &= ~self.padding.to(device)[prompt]

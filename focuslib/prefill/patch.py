@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,10 +53,10 @@ class _Patch:
 
     kinds: the kinds of layers that passed the self-check. rows: the layers whose attention rows did.
     reached: whether the attention function was called since this was last set to False.
-    origins: of the prompt in progress; in a decoding step, of its cache if tokens were dropped, else None.
+    origins: in a decoding step, of its cache if tokens were dropped; else None.
     """
 
-    def __init__(self, method: Events, vlm, decoder: nn.Module, run: Run, trace: bool):
+    def __init__(self, method: Events, vlm, decoder: Any, run: Run, trace: bool):
         self.method = method
         self.vlm = vlm
         self.decoder = decoder
@@ -67,12 +68,12 @@ class _Patch:
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
         self.reached = False
-        self.implementation = decoder.config._attn_implementation
+        self.implementation: str = decoder.config._attn_implementation
         if self.implementation == "flex_attention":
             raise UserError(f"{method.name}: flex_attention hides its masks; load with attn_implementation='sdpa'")
         self.base_attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager_attention(decoder))
         self.base_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(self.implementation)
-        self.configs: list[tuple[nn.Module, object]] = []  # module, its own config
+        self.configs: list[tuple[nn.Module, Any]] = []  # module, its own config
 
     def attach(self, undo: ExitStack) -> None:
         """Install every hook, noting how to undo it."""
@@ -101,7 +102,7 @@ class _Patch:
             undo.callback(delattr, self.decoder, "_deepstack_process")
             self.decoder._deepstack_process = partial(self._deepstack, own)
 
-    def _route_attention(self, attentions: list[nn.Module], undo: ExitStack) -> None:
+    def _route_attention(self, attentions: list[Any], undo: ExitStack) -> None:
         """Send the decoder's attention through the patch: its modules get copies of their configs that say so.
 
         Copies, because another model may have been built from the same config object.
@@ -149,7 +150,7 @@ class _Patch:
                 "generate without cache_implementation='static'"
             )
         seen = past.get_seq_length() if past is not None else 0
-        if seen and tokens == 1:
+        if past is not None and seen and tokens == 1:
             self._step(past, seen)
             return
         if batch != 1:
@@ -164,7 +165,6 @@ class _Patch:
         if grid is None or grid.stop > tokens:
             raise UserError(f"method {self.method.name}: the prompt has no visual tokens; give a video or an image")
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
-        self.origins = Origins(tokens)
         self.method.begin(self.prefill, embeds[0])
 
     def _step(self, past: Cache, seen: int) -> None:
@@ -197,7 +197,7 @@ class _Patch:
             hidden = hidden[rows]
         return hidden[None]
 
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
+    def attention(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         """The attention function during the block: the events, then the model's own implementation."""
         prefill, layer, window = self.prefill, module.layer_idx, kwargs.get("sliding_window")
         self.reached = True
@@ -205,13 +205,13 @@ class _Patch:
             if self.origins is not None:
                 mask = self.origins.step_mask(layer, q, k.shape[2], window, self.implementation)
             return self.base_attention(module, q, k, v, mask, **kwargs)
-        if prefill.kept is not None and window is not None and self.origins.length > window:
+        if prefill.kept is not None and window is not None and prefill.origins.length > window:
             require_mask(self.implementation)
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         prefill.running_mask = partial(self._rows_mask, module, q, k, v, mask, kwargs)
         q = self.method.on_attention(prefill, layer, q[0], k[0], scaling)[None]
         if self.method.wants_probabilities(prefill, layer):
-            return self._explicit_attention(layer, q[0], k[0], v[0], scaling), None
+            return self._explicit_attention(prefill, layer, q[0], k[0], v[0], scaling), None
         return self.base_attention(module, q, k, v, mask, **kwargs)
 
     def _deepstack(self, own: Callable, hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class _Patch:
             masks, embeds = kept_deepstack(masks, embeds, self.prefill.kept)
         return own(hidden, masks, embeds)
 
-    def _rows_mask(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
+    def _rows_mask(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
         """The mask for attention rows that are computed beside the model, [1 or H, T, T]; None: causal."""
         if module.layer_idx not in self.rows:
             check_rows(module, q, k, v, mask, self.base_attention, self.implementation, kwargs)
@@ -228,16 +228,18 @@ class _Patch:
         mask = full_mask(module, q, mask, self.implementation, kwargs)
         return None if mask is None else mask[0]
 
-    def _explicit_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def _explicit_attention(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float
+    ) -> Tensor:
         """Attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
-        group, mask = q.shape[0] // k.shape[0], self.prefill.mask
+        group, mask = q.shape[0] // k.shape[0], prefill.mask
         rows = torch.arange(q.shape[1], device=q.device)
         out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
         for head in range(q.shape[0]):
             kv = slice(head // group, head // group + 1)
             own = mask if mask is None or len(mask) == 1 else mask[head : head + 1]
             probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling, own)[0]
-            probabilities = self.method.on_probabilities(self.prefill, layer, head, probabilities)
+            probabilities = self.method.on_probabilities(prefill, layer, head, probabilities)
             out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
         return out
 
@@ -248,7 +250,7 @@ class _LayerForward:
     own: the layer's own forward, which the first prefill compares with this one.
     """
 
-    def __init__(self, patch: _Patch, index: int, layer: nn.Module, own: Callable):
+    def __init__(self, patch: _Patch, index: int, layer: Any, own: Callable):
         self.patch, self.index, self.layer, self.own = patch, index, layer, own
         self.names = [name for name in inspect.signature(own).parameters if name != "hidden_states"]
         self.checked = False
@@ -256,7 +258,7 @@ class _LayerForward:
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         kwargs.update(zip(self.names, args, strict=False))
         if self.patch.prefill is not None and not self.checked:
-            self._check(hidden_states, kwargs)
+            self._check(self.patch.prefill, hidden_states, kwargs)
             self.checked = True
         return self._forward(hidden_states, **kwargs)
 
@@ -287,14 +289,13 @@ class _LayerForward:
         hidden = patch.site(index, "gate_proj", layer.post_attention_layernorm(hidden))
         return residual + layer.mlp(hidden)
 
-    def _check(self, hidden: Tensor, arguments: dict) -> None:
+    def _check(self, prefill: Prefill, hidden: Tensor, arguments: dict) -> None:
         """Refuse a layer of a new kind whose own forward is another one. The method takes no part in this."""
         patch, layer = self.patch, self.layer
         kind = layer_kind(layer, self.own)
         if kind in patch.kinds:
             return
-        prefill, patch.prefill = patch.prefill, None
-        origins, patch.origins = patch.origins, None
+        patch.prefill = None
         kept = prefill.kept
         if kept is not None:
             arguments = {name: _kept_rows(name, value, kept) for name, value in arguments.items()}
@@ -311,18 +312,18 @@ class _LayerForward:
                 f"{name}: {type(layer).__name__}: its {type(layer.self_attn).__name__} does not call one of "
                 "transformers' attention functions, so a method would see no queries"
             )
-        patch.prefill, patch.origins = prefill, origins
+        patch.prefill = prefill
         patch.kinds.add(kind)
 
-    def _note(self, mask: Tensor | None, past: Cache | None) -> None:
+    def _note(self, mask: Tensor | None, past: Any) -> None:
         """Note which tokens of the prompt enter this layer's cache: later decoding steps need to know."""
-        prefill, origins = self.patch.prefill, self.patch.origins
+        prefill = self.patch.prefill
         if prefill is None or past is None:
             return
         if self.index == 0:
-            origins.padding = padding_of(mask)
-            past.focuslib_origins = origins
-        origins.kept.append(prefill.kept)
+            prefill.origins.padding = padding_of(mask)
+            past.focuslib_origins = prefill.origins
+        prefill.origins.kept.append(prefill.kept)
 
     def _present(self, mask, position_ids, position_embeddings, others: dict):
         """Mask and positions of the rows still present: the model made them once, for the whole sequence."""
@@ -330,7 +331,7 @@ class _LayerForward:
         if prefill is None or prefill.kept is None:
             return mask, position_ids, position_embeddings
         for name, value in others.items():
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, self.patch.origins.length):
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, prefill.origins.length):
                 raise UserError(
                     f"{type(self.layer).__name__} is given `{name}` for every token, which this patch does not drop"
                 )
@@ -363,8 +364,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return _patches[module].attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_attention(decoder: nn.Module) -> Callable | None:
-    """The eager attention of the decoder's own modelling file (eager is not in the registry)."""
+def _eager_attention(decoder: Any) -> Any:
+    """The eager attention of the decoder's own modelling file (eager is not in the registry); None if it has none."""
     files = (sys.modules[cls.__module__] for cls in type(decoder.layers[0].self_attn).__mro__)
     return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
 

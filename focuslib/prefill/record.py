@@ -13,6 +13,7 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.kernels.similarity import ITSELF, ZERO
+from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
@@ -70,6 +71,7 @@ class Prefill:
         self.shape = shape
         self.kept: Tensor | None = None  # original sequence index of each row still present; None: all of them
         self.length = length
+        self.origins = Origins(length)  # of the cache entries, filled by the patch
         self.present = torch.arange(grid.length, device=device)
         self.state: dict[str, Any] = {}
         self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
@@ -146,31 +148,42 @@ class Events(Protocol):
     this (see methods.base.Method, whose events change nothing); so does whatever watches one.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        raise NotImplementedError
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         """A prefill starts. embeds: [T, D] input embeddings."""
+        ...
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Before a layer: hidden [T, D] → (hidden [T, D], rows to keep [k] int64 ascending, or None for all)."""
+        ...
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
         """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+        ...
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """In attention, after rotary embedding: queries [H, T, d], keys [H_kv, T, d] → queries [H, T, d]."""
+        ...
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
         """Whether `on_probabilities` is to be called for this layer (forms the attention matrix, head by head)."""
+        ...
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         """One head's softmax attention matrix [T, T] float32 → the matrix to use instead."""
+        ...
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """After the attention residual add, before the MLP: as `before_attention`."""
+        ...
 
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
+        ...
 
 
 @dataclass
