@@ -63,4 +63,4 @@ report: $(DONE) ## write all executed notebooks as one self-contained page: resu
 	$(BIN)/focus report --profile $(PROFILE)
 
 clean: ## remove the computed results of the profile (not its tables)
-	rm -rf results/$(PROFILE)/cells results/$(PROFILE)/work
+	rm -rf results/$(PROFILE)/cells results/$(PROFILE)/work results/$(PROFILE)/locks

@@ -35,7 +35,7 @@ def declare_before_import() -> None:
 def _compiled_operators_load() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
-        return True  # no torchvision at all: nothing to mend
+        return True  # no torchvision at all: nothing to fix
     folder = pathlib.Path(next(iter(spec.submodule_search_locations)))
     for path in sorted(folder.glob("_C*")):
         try:

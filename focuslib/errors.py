@@ -6,7 +6,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input, named together with the mend in one line."""
+    """Bad input, named together with the fix in one line."""
 
 
 class InputError(UserError):

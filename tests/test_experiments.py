@@ -13,7 +13,8 @@ from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.evaluation.settings import method_settings
 from focuslib.experiments.cell import make_cell
-from focuslib.experiments.runner import median_index, run_cells
+from focuslib.experiments.runner import run_cells
+from focuslib.experiments.single import median_index
 from focuslib.experiments.store import claimed, collect, read_result, read_status
 from focuslib.methods import METHODS
 from focuslib.models import TinyOnevision

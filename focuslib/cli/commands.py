@@ -195,7 +195,7 @@ def lmms_eval(context: typer.Context) -> int:
     """The stock lmms-eval command, also where torchvision lacks its compiled part."""
     from lmms_eval.cli.dispatch import main as stock
 
-    from focuslib.methods.settings import make_method
+    from focuslib.methods.settings import typed_settings
     from focuslib.models import MODELS
 
     # lmms-eval reports a mistake in these with a traceback and exit status 0
@@ -205,7 +205,7 @@ def lmms_eval(context: typer.Context) -> int:
         pick(MODELS, given.pop("model", "tiny_onevision"), "model")
         own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size")
         settings = {name: value for name, value in given.items() if name not in (*own, "method")}
-        make_method(given.get("method", "dense"), settings)
+        typed_settings(given.get("method", "dense"), settings)
     sys.argv = ["lmms-eval", *context.args]
     return stock() or 0
 

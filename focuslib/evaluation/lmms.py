@@ -1,4 +1,4 @@
-"""Our models as one of stock lmms-eval's model classes, and its tasks. The only module that imports lmms-eval."""
+"""Our models as one of stock lmms-eval's model classes, and its tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from focuslib.evaluation.journal import Journal
 from focuslib.evaluation.settings import method_settings
 from focuslib.files import digest
 from focuslib.methods import Method
-from focuslib.methods.settings import make_method
+from focuslib.methods.settings import make_method, typed_settings
 from focuslib.models import VLM, load_vlm
 from focuslib.models.media import readable_images
 from focuslib.prefill.ops import SITES, dense_operations
@@ -61,9 +61,9 @@ class FocusLmms(lmms):
             raise UserError(f"batch_size is {batch_size}; methods act on one sequence at a time, use batch_size 1")
         settings.pop("max_batch_size", None)
         self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype)
-        # by name, a method has its settings for each task's data set; made here once for its mistakes to show at once
-        self.named = None if isinstance(method, Method) else (method, settings)
-        self.method = method if isinstance(method, Method) else make_method(method, settings)
+        # by name, a method has its settings for each task's data set; here only what was typed is checked
+        self.named = None if isinstance(method, Method) else (method, typed_settings(method, settings))
+        self.method = method if isinstance(method, Method) else self.method_for("")
         self.journal = journal
         self.save_trace = save_trace
         self.records: dict[tuple[str, int], dict[str, Any]] = {}
@@ -171,7 +171,7 @@ def _ending_in_one_line() -> Iterator[None]:
 def dataset_of(task: str) -> str:
     """The data set that a task belongs to, "" if it is none of ours."""
     for dataset in DATASETS.values():
-        if task in dataset.tasks or any(task.startswith(f"{name}_") for name in dataset.tasks if dataset.stock):
+        if task in dataset.tasks or (dataset.name == "mvbench" and task.startswith("mvbench_")):
             return dataset.name
     return ""
 
@@ -181,10 +181,15 @@ def _failure(task: str, doc_id: int, error: BaseException) -> dict[str, Any]:
 
     final: the method or the model cannot take it, so that asking again is in vain.
     """
-    what = " ".join(str(error).split())
-    reason = what if isinstance(error, (UserError, SystemExit)) else f"{type(error).__name__}: {what}"
+    reason = one_line(error)
     logger.warning(f"{task} {doc_id}: {reason}")
     return {"answer": "", "error": reason} | ({"final": True} if isinstance(error, InputError) else {})
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line, with its type where it was not meant for a user."""
+    what = " ".join(str(error).split())
+    return what if isinstance(error, (UserError, SystemExit)) else f"{type(error).__name__}: {what}"
 
 
 def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:

@@ -72,8 +72,13 @@ def sources(dataset: Dataset) -> Iterator[Source]:
             yield Source(task, settings["dataset_path"], settings.get("dataset_name"), settings["test_split"], videos)
 
 
+def revisions(dataset: Dataset) -> list[str]:
+    """Which revision of each stock task's data is on this disk: the name that the cache gives it."""
+    return [folder.name for source in sources(dataset) if (folder := source.cache())]
+
+
 def require(dataset: Dataset) -> None:
-    """Raise UserError, in one line with the mend, if the data set is not on this disk."""
+    """Raise UserError, in one line with the fix, if the data set is not on this disk."""
     for source in sources(dataset):
         if what := source.missing():
             raise UserError(f"{dataset.name}: {what}; get it where there is a network: focus fetch {dataset.name}")

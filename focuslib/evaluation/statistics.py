@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
 
+SATURATED = 99.0  # percent of right answers from which a score no longer tells methods apart
 Z95 = float(norm.ppf(0.975))  # two-sided 95 % of the normal distribution
 
 

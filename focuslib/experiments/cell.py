@@ -9,6 +9,7 @@ from typing import Any
 from focuslib.errors import pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.settings import method_settings
+from focuslib.evaluation.sources import revisions
 from focuslib.experiments.identity import package_versions, source_digest
 from focuslib.files import digest
 from focuslib.methods.settings import make_method
@@ -48,13 +49,14 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result. Raises UserError if the checkpoint or the data set is unknown or missing."""
+        dataset = pick(DATASETS, self.dataset, "dataset")
         source = self.checkpoint or pick(MODELS, self.model, "model").checkpoint
         return {
             **asdict(self),
             "checkpoint": fingerprint(resolve_folder(source)),
-            "data": pick(DATASETS, self.dataset, "dataset").version(),
+            "data": [dataset.version(), *revisions(dataset)],
             "source": source_digest(*(("explore",) if self.kind == "view" else ())),
-            "packages": package_versions(),
+            "packages": package_versions(*(("bitsandbytes",) if self.quantization else ())),
         }
 
     def name(self) -> str:

@@ -28,7 +28,7 @@ WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 
 @dataclass
 class Pair:
-    """A (model, data set) pair of a profile. Each part is "there" or says what is missing, in a line with the mend.
+    """A (model, data set) pair of a profile. Each part is "there" or says what is missing, in a line with the fix.
 
     hours: method → published hours of the questions asked; empty where none are published.
     """

@@ -21,10 +21,12 @@ def source_digest(*more: str) -> str:
     more: rooms that a result runs through as well.
     """
     package = Path(focuslib.__file__).parent
-    files = [package / "errors.py", package / "grid.py"]
+    files = [package / "errors.py", package / "grid.py", package / "experiments" / "single.py"]
     for room in (*ROOMS, *more):
         files += sorted((package / room).rglob("*.py"))
-    return digest([[str(file.relative_to(package)), _code(file.read_text(encoding="utf-8"))] for file in files])
+    tasks = sorted(file for file in (package / "tasks").rglob("*") if file.name.endswith("yaml"))
+    parts = [[str(file.relative_to(package)), _code(file.read_text(encoding="utf-8"))] for file in files]
+    return digest([*parts, *([file.name, file.read_text(encoding="utf-8")] for file in tasks)])
 
 
 def _code(text: str) -> str:
@@ -38,6 +40,6 @@ def _code(text: str) -> str:
 
 
 @cache
-def package_versions() -> dict[str, str]:
-    """The versions of the packages that can change an answer."""
-    return {name: version(name) for name in PACKAGES}
+def package_versions(*more: str) -> dict[str, str]:
+    """The versions of the packages that can change an answer. more: further packages that take part."""
+    return {name: version(name) for name in (*PACKAGES, *more)}

@@ -62,6 +62,7 @@ def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
     cells = int8_cells(params, medians)
     outcome = run_cells("int8", cells, folder, workers=params["workers"])
     outcome.ran += main.ran
+    write_status(folder, "int8", outcome.results, outcome.complete, outcome.summary())
     if params["write_pth"]:
         quantized = [cell for cell in cells if cell.kind == "trace" and cell.quantization]
         export_traces(outcome, [(cell, folder / "focus_int8" / pth_name(cell)) for cell in quantized])
@@ -105,11 +106,13 @@ def plan(experiment: str, profile: str, changes: dict[str, Any] | None = None) -
         raise UserError(f"{shown(params_folder() / profile / f'{experiment}.yaml')}: {error}") from error
 
 
-def comparison_cells(params: dict[str, Any], traces: bool = False, costs: bool = False) -> list[Cell]:
+def comparison_cells(
+    params: dict[str, Any], traces: bool = False, costs: bool = False, view: bool = False
+) -> list[Cell]:
     """Accuracy of every method, and the sparsity of AdapTiV and CMC if they take part.
 
-    traces: also the traces of Focus, and a view of one question of the last model and data set. costs: also what a
-    prefill costs under every method.
+    traces: also the traces of Focus. costs: also what a prefill costs under every method. view: also what a view of one
+    question of the last model and data set shows.
     """
     cells = []
     for common in _pairs(params):
@@ -127,7 +130,7 @@ def comparison_cells(params: dict[str, Any], traces: bool = False, costs: bool =
             cells.append(
                 make_cell("matched", method=method, settings=settings, limit=params["matched_limit"], **common)
             )
-    if traces and "focus" in params["methods"]:
+    if view and "focus" in params["methods"]:
         cells.append(make_cell("view", method="focus", limit=1, **common))
     return cells
 
@@ -198,7 +201,9 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
     if experiment == "int8":
         any_median = {(model, dataset): 0 for model in params["models"] for dataset in params["datasets"]}
         return int8_cells(params, any_median)
-    return comparison_cells(params, traces=experiment != "baselines", costs=experiment == "baselines")
+    return comparison_cells(
+        params, traces=experiment != "baselines", costs=experiment == "baselines", view=experiment == "main"
+    )
 
 
 def _block(text: Any) -> dict[str, int]:

@@ -28,7 +28,7 @@ from focuslib.evaluation.sources import require
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.pool import process_pool
 from focuslib.experiments.progress import over_cells
-from focuslib.experiments.single import measure_cost, record_view
+from focuslib.experiments.single import measure_cost, median_sample, record_view
 from focuslib.experiments.store import (
     CellResult,
     Outcome,
@@ -70,8 +70,7 @@ def run_cells(
     if trace_folder:
         traces = [result.cell for result in outcome.results if result.cell.kind == "trace"]
         export_traces(outcome, [(cell, trace_folder / pth_name(cell)) for cell in traces])
-    complete = not outcome.failed and not any(result.unreadable for result in outcome.results)
-    write_status(folder, experiment, outcome.results, complete, outcome.summary())
+    write_status(folder, experiment, outcome.results, outcome.complete, outcome.summary())
     return outcome
 
 
@@ -90,7 +89,7 @@ def _settle(cells: list[Cell], folder: Path, workers: int) -> Iterator[Settled]:
     for name in dict.fromkeys(cell.dataset for cell in left):
         try:
             DATASETS[name].prepare()
-        except OSError as error:  # no place for the data, say
+        except (OSError, UserError) as error:  # no place for the data, say
             why = f"{name}: its data could not be made ({error})"
             yield from ((cell, False, why) for cell in left if cell.dataset == name)
             left = [cell for cell in left if cell.dataset != name]
@@ -150,7 +149,7 @@ def _attempt(cell: Cell, folder: Path, loaded: _Loader) -> tuple[bool, str | Non
         return False, str(error)
     except Exception as error:  # an unforeseen fault must not cost the other cells
         traceback.print_exc()
-        return False, f"{type(error).__name__}: {error}"
+        return False, f"{type(error).__name__}: {' '.join(str(error).split())}"
     return True, None
 
 
@@ -236,22 +235,14 @@ def _score(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
         median = cell.sample
         if median is None:
             median = median_sample(evaluation.samples)
+        elif "error" in evaluation.samples[median]:
+            why = evaluation.samples[median]["error"]
+            raise UserError(f"question {median}, whose trace is wanted, was not answered: {why}")
         extra = {"median_index": median, "trace": f"{path.stem}.trace"}
         whole, partial = path.parent / extra["trace"], path.parent / f"{extra['trace']}.partial"
         shutil.copyfile(work / "{task}_{doc_id}.trace".format(**evaluation.samples[median]), partial)
         partial.replace(whole)
     return {**evaluation.to_dict(), **extra}
-
-
-def median_sample(samples: list[dict[str, Any]]) -> int:
-    """The sample of (lower) median weighted sparsity, of those whose media could be read."""
-    readable = [index for index, sample in enumerate(samples) if "error" not in sample]
-    return readable[median_index([samples[index]["weighted_sparsity"] for index in readable])]
-
-
-def median_index(values: list[float]) -> int:
-    """The first index of the (lower) median."""
-    return values.index(sorted(values)[(len(values) - 1) // 2])
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cells about one question: what a prefill of it costs, and what a view of it shows."""
+"""Cells about one question: what a prefill of it costs, what a view of it shows; and which one a trace is of."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from focuslib.explore.view import run_view
 from focuslib.methods import Focus
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM
+from focuslib.models.media import readable_images
 
 REPEATS = 5  # prefills, of which the fastest counts
 TRIED = 10  # questions, of which the first whose media can be read is taken
@@ -36,14 +37,27 @@ def record_view(vlm: VLM, cell: Cell, path: Path) -> None:
 
 def first_question(vlm: VLM, dataset: str) -> tuple[Any, str]:
     """The media and prompt of a data set's first question whose media can be read."""
-    from focuslib.evaluation.lmms import question  # lmms-eval takes ten seconds to import
+    from focuslib.evaluation.lmms import one_line, question  # lmms-eval takes ten seconds to import
 
+    problem = "it has none"
     for number in range(TRIED):
-        media, prompt = question(dataset, vlm.name, number)
         try:
+            with readable_images(f"{dataset} {number}"):
+                media, prompt = question(dataset, vlm.name, number)
             vlm.prepare(media, prompt)
-        except UserError as error:
-            problem = error
+        except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
+            problem = one_line(error)
         else:
             return media, prompt
     raise UserError(f"{dataset}: none of the first {TRIED} questions could be read; the last: {problem}")
+
+
+def median_sample(samples: list[dict[str, Any]]) -> int:
+    """The sample of (lower) median weighted sparsity, of those that were answered."""
+    answered = [index for index, sample in enumerate(samples) if "error" not in sample]
+    return answered[median_index([samples[index]["weighted_sparsity"] for index in answered])]
+
+
+def median_index(values: list[float]) -> int:
+    """The first index of the (lower) median."""
+    return values.index(sorted(values)[(len(values) - 1) // 2])

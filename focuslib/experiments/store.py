@@ -79,6 +79,11 @@ class Outcome:
     ran: int = 0
     failed: dict[Cell, str] = field(default_factory=dict)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every cell has a result in which every question could be read."""
+        return not self.failed and not any(result.unreadable for result in self.results)
+
     def result(self, cell: Cell) -> CellResult | None:
         """What a cell gave; None if it failed."""
         return next((result for result in self.results if result.cell == cell), None)

@@ -23,7 +23,7 @@ def grid_search(
 ) -> pd.DataFrame:
     """Score every combination of the grid's values, and dense, on all data sets.
 
-    workers: processes that share the work (see cells.run_cells).
+    workers: processes that share the work (see runner.run_cells).
     Returns one row a setting: the values, mean score over the data sets, mean difference to dense on the same questions
     (points) and mean computation sparsity (percent), sparsest first.
     """

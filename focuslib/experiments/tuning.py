@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import Field
 
+from focuslib.errors import UserError
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.params import Count, Names
 from focuslib.experiments.tune import best_row, bisect_sparsity, grid_search
 from focuslib.paths import params_folder, read_yaml
 from focuslib.validation import Strict, validate
@@ -19,8 +22,8 @@ class Grid(Strict):
     """One grid search. method: the entry's name by default. fixed: settings that every combination has."""
 
     method: str | None = None
-    datasets: list[str]
-    values: dict[str, list[Any]]
+    datasets: Names
+    values: dict[str, Annotated[list[Any], Field(min_length=1)]]
     fixed: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -38,12 +41,12 @@ class Tuning(Strict):
 
     model: str
     checkpoint: str | None = None
-    limit: int | None = None
-    bisect_limit: int | None = None
+    limit: Count | None = None
+    bisect_limit: Count | None = None
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
-    workers: int = 1
+    workers: Count = 1
     tolerance: float = 1.0
     target: float = 60
     datasets: list[str] = Field(default_factory=list)
@@ -57,7 +60,23 @@ class Tuning(Strict):
 
 def read_tuning(path: Path) -> Tuning:
     """A tuning.yaml. Raises UserError in one line if it is not one."""
-    return Tuning(**validate(Tuning, read_yaml(path), str(path)))
+    tuning = Tuning(**validate(Tuning, read_yaml(path), str(path)))
+    searches = [
+        (f"grid.{name}", grid.method or name, {**grid.fixed, **{key: values[0] for key, values in grid.values.items()}})
+        for name, grid in tuning.grid.items()
+    ]
+    searches += [
+        (f"bisect.{name}", name, {**bisection.fixed, bisection.setting: bisection.low})
+        for name, bisection in tuning.bisect.items()
+    ]
+    for where, method, settings in searches:  # a name or setting that no cell can have is refused before any runs
+        kind, name = where.split(".", 1)
+        for dataset in tuning.grid[name].datasets if kind == "grid" else tuning.datasets:
+            try:
+                make_cell("accuracy", method=method, dataset=dataset, settings=settings, **tuning.common())
+            except UserError as error:
+                raise UserError(f"{path}: {where}: model {tuning.model}: {error}") from None
+    return tuning
 
 
 def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
@@ -67,6 +86,7 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
     and the counted sparsity. What is there from an earlier run is not run again.
     """
     tuning, target = read_tuning(params_folder() / profile / "tuning.yaml"), folder / "tuning"
+    folder = target  # its cells too: they are no results of an experiment
     target.mkdir(parents=True, exist_ok=True)
     chosen = []
     for name, grid in tuning.grid.items():

@@ -5,14 +5,15 @@ from pathlib import Path
 import pandas as pd
 
 from focuslib.errors import UserError
+from focuslib.evaluation.statistics import SATURATED
 
 # How far a number may be from the expected one. Runs on one machine agree exactly; on another, rounding can flip an
 # answer that hangs in the balance, and which of nearly equal samples is the median.
 SCORE, SMALL_SCORE = 2.0, 5.0  # points; the second for cells of fewer than FEW questions
-SATURATED, FLIPS = 98.0, 4  # a score from there on may differ by so many questions, which is less
+FLIPS = 4  # questions by which a saturated score may differ
 FEW = 200
+FEW_ASKED, ALL_ASKED = 120, 480  # of tables that do not say: the laptop profile's
 FEW_QUESTIONS_COLUMNS = ("accuracy", "INT8_Dense", "INT8_Focus")  # of tables that do not say how many were asked
-SCORE_COLUMNS = ("Score", "Right", "Score INT8")
 POINTS = {
     "Computation sparsity": 1.0,
     "Sparsity ±": 1.0,
@@ -27,13 +28,18 @@ NOT_COMPARED = ("Median index", "Note")
 
 
 def tolerance(column: str, expected: float, questions: float | None) -> float:
-    """The largest difference allowed in a column. questions: how many the row stands for, if its table says so."""
+    """The largest difference allowed in a column. questions: how many the row stands for, if its table says so.
+
+    A saturated score may differ by a few questions only.
+    """
     if column in RELATIVE:
         return RELATIVE[column] * abs(expected)
-    if column in SCORE_COLUMNS and expected >= SATURATED and questions:
-        return min(SCORE if questions >= FEW else SMALL_SCORE, 100 * FLIPS / questions)
-    few = column in FEW_QUESTIONS_COLUMNS if questions is None else questions < FEW
-    return {**POINTS, **SHARES, **EXACT}.get(column, SMALL_SCORE if few else SCORE)
+    known = {**POINTS, **SHARES, **EXACT}
+    if column in known:
+        return known[column]
+    questions = questions or (FEW_ASKED if column in FEW_QUESTIONS_COLUMNS else ALL_ASKED)
+    allowed = SMALL_SCORE if questions < FEW else SCORE
+    return min(allowed, 100 * FLIPS / questions) if expected >= SATURATED else allowed
 
 
 def expected_tables(folder: Path) -> dict[str, pd.DataFrame]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -41,5 +42,6 @@ def _digest_of(file: Path, size: int, *times: int) -> str:
         with file.open("rb") as opened:
             while piece := opened.read(1 << 24):
                 found.update(piece)
-        write_json(known, {"file": str(file), "sha256": found.hexdigest()})
+        with suppress(OSError):  # it can be computed again
+            write_json(known, {"file": str(file), "sha256": found.hexdigest()})
         return found.hexdigest()

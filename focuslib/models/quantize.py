@@ -1,4 +1,4 @@
-"""LLM.int8: the language model's linear layers in 8 bit (Dettmers et al., arXiv 2208.07339), by bitsandbytes."""
+"""LLM.int8: linear layers in 8 bit (Dettmers et al., arXiv 2208.07339), by bitsandbytes."""
 
 import logging
 from importlib.util import find_spec

@@ -10,9 +10,11 @@ import pandas as pd
 
 from focuslib.errors import UserError
 from focuslib.evaluation.datasets import DATASETS
-from focuslib.evaluation.statistics import mcnemar, mean_interval, paired_difference, proportion_interval
+from focuslib.evaluation.statistics import SATURATED, mcnemar, mean_interval, paired_difference, proportion_interval
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.store import CellResult, collect, paired_scores
+from focuslib.hardware.samples import PUBLISHED_VECTOR, mean_estimate
+from focuslib.hardware.shapes import shape_of
 from focuslib.methods import METHODS
 from focuslib.models import MODELS
 from focuslib.paths import params_folder
@@ -27,7 +29,6 @@ ACCURACY_COLUMNS = {
     "int8_dense": "INT8_Dense",
     "int8_focus": "INT8_Focus",
 }
-SATURATED = 99.0  # percent of right answers from which a score no longer tells methods apart
 CMC_SPARSITIES = ("linear_sparsity", "query_sparsity", "attn_score_sparsity")
 
 
@@ -62,6 +63,7 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
             "Table II sparsity": 100 * float(np.mean([_table_two(s) for s in result.answered])),
             "Tokens at the end": 100 * float(left),
         }
+        row["Est. time (ms)"], row["Est. energy (mJ)"] = estimate(result)
         base = dense.get((cell.model, cell.dataset))
         if base is not None and row["Method"] != "dense":
             difference, half = paired_difference(*paired_scores(base, result))
@@ -69,6 +71,18 @@ def comparison_table(results: list[CellResult], kind: str = "accuracy") -> pd.Da
         row["Note"] = "saturated" if row["Right"] >= SATURATED else ""
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def estimate(result: CellResult) -> tuple[float, float]:
+    """Time (ms) and energy (mJ) of a mean question's prefill on the method's accelerator (hardware); nan if unknown."""
+    cell = result.cell
+    try:
+        shape = shape_of(cell.model, cell.checkpoint)
+        vector = cell.settings.get("vector_size", PUBLISHED_VECTOR)
+        seconds, millijoules = mean_estimate(cell.method, result.answered, shape, vector)
+    except UserError:  # a decoder that is not on this disk, or a method without counts
+        return float("nan"), float("nan")
+    return 1000 * seconds, millijoules
 
 
 def _table_two(sample: dict) -> float:
@@ -167,10 +181,12 @@ def write_tables(folder: Path) -> None:
         "cmc_sparsity": sparsity_table(results, "cmc", {name: name for name in CMC_SPARSITIES}),
         "comparison": comparison_table(results).round(2),
         "comparison_matched": comparison_table(results, "matched").round(2),
-        "failures": failures_table(results),
+        "failures": failures_table(collect(folder)),
     }
     for name, table in tables.items():
-        if not table.empty:
+        if table.empty:
+            (folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier run
+        else:
             write_csv(table, folder / f"{name}.csv")
 
 
@@ -216,6 +232,7 @@ def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFr
         lost, won, p = mcnemar(*paired_scores(base[key], result))
         rows.append({
             "Model": key[0], "Dataset": key[1], "Method": method_label(result.cell),
+            "Questions": len(paired_scores(base[key], result)[0]),
             f"Minus {against}": 100 * difference, "±": 100 * half,
             f"Only {against} right": lost, "Only it right": won, "McNemar p": p,
         })  # fmt: skip

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from focuslib.errors import UserError
 from focuslib.tasks.build_once import build_once
 from focuslib.tasks.tinyvideo.questions import TASKS, questions
 from focuslib.tasks.tinyvideo.scenes import FPS, SIZE, render, sample_scene
@@ -91,7 +92,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     """Encode uint8 [F, 96, 96, 3] RGB frames as an mp4 at FPS frames a second, at visually lossless quality."""
     codec = next((name for name in CODECS if name in av.codecs_available), None)
     if codec is None:
-        raise RuntimeError(f"tinyvideo: this PyAV can encode none of {CODECS}; install av from conda-forge or PyPI")
+        raise UserError(f"tinyvideo: this PyAV can encode none of {CODECS}; install av from conda-forge or PyPI")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS)
         assert isinstance(stream, av.VideoStream)
