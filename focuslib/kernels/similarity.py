@@ -1,6 +1,8 @@
 """Similarity concentration (SIC): merge each vector with similar vectors of neighbouring visual tokens.
 
 Paper: Focus (HPCA 2026), block-level and vector-level similarity concentration. Pure functions on tensors.
+
+Shapes: T present visual tokens of D channels, that are V vectors of n channels; C candidates.
 """
 
 from dataclasses import dataclass
@@ -10,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import VisualGrid
+from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled, wants_compiling
 
 ITSELF = 0  # code of a vector that no candidate is similar enough to
 ZERO = 255  # code of a vector whose entries are all zero
 MAX_CANDIDATES = 254
 
-# Working set of one pass over a block of rows. On a CPU it has to fit a core's cache; on a GPU it bounds memory.
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 19, 1 << 28
+_LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
+_COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
+_PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
 
 
 @dataclass
@@ -49,42 +53,75 @@ def concentrate(
     block: int = 2,
     m_tile: int | None = 1024,
     max_doublings: int | None = None,
+    rows: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Concentrated:
     """Concentrate similar vectors of neighbouring visual tokens.
 
     x: [T, D] float32, bfloat16 or float16: the visual tokens still present, in sequence order.
     positions: [T] int64, ascending: each token's place p in the original visual run (0 … S − 1).
-    threshold: a vector is similar if its best cosine similarity is strictly above this.
+    threshold: a vector is similar if its best cosine similarity is strictly above this; not negative.
     m_tile: tokens a GEMM tile; tokens of different tiles are never compared. None or −1: one tile.
     max_doublings: pointer-doubling steps; None: as published, the number of frames.
-
-    The candidates are streamed one after another over blocks of rows, so the extra memory is that of one block.
+    rows: `candidate_rows` of the same positions, grid, blocks and m_tile, where they are used more than once.
+    overwrite: write the values into x.
     """
     tokens, channels = x.shape
     vector_size = min(vector_size, channels)
     vectors = num_vectors(channels, vector_size)
+    values = x
     if channels % vector_size:
-        x = F.pad(x, (0, vectors * vector_size - channels))
-    x = x.contiguous()
+        values = F.pad(x, (0, vectors * vector_size - channels))
+    elif not (overwrite and x.is_contiguous()):
+        values = x.clone(memory_format=torch.contiguous_format)
+    split = values.view(tokens, vectors, vector_size)
+
+    lanes = _lanes_first(split)
+    inverse_norm, nonzero = _inverse_norms(lanes)
+    full = bool(nonzero.all())
+    if rows is None or not full:
+        rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else nonzero.any(1))
+    best, codes = _best_candidates(lanes, inverse_norm, rows[1:])
+    del lanes
+
+    similar = best > threshold
+    codes = codes.masked_fill_(~similar, ITSELF)
+    pointer = rows.T.gather(1, codes.long())  # [T, V]
+    root = resolve_pointers(pointer, grid.num_frames if max_doublings is None else max_doublings)
+    _replace_by_means(split.flatten(0, 1), root, similar)
+    if not full:
+        codes.masked_fill_(~nonzero, ZERO)
+    if values.shape[1] != channels:
+        values = values[:, :channels]
+    return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
+
+
+def candidate_rows(
+    positions: Tensor,
+    grid: VisualGrid,
+    frame_block: int,
+    block: int,
+    m_tile: int | None,
+    nonzero: Tensor | None = None,
+) -> Tensor:
+    """The row that a vector with each code points to, [C + 1, T] int64: its own, then its candidates' rows.
+
+    −1 where a candidate is outside the run, not present or in another tile. nonzero: [T], which tokens are not entirely
+    zero, if some are: they have no place in a tile. The rest: as `concentrate`.
+    """
     offsets = grid.block_offsets(frame_block, block)
     if len(offsets) > MAX_CANDIDATES:
         raise ValueError(f"a block of {len(offsets)} candidates is too large; at most {MAX_CANDIDATES}")
-
-    inverse_norm, nonzero = _inverse_norms(x, vectors)
-    tile = _tiles(nonzero, m_tile)
-    rows = _neighbour_rows(positions, offsets, grid.length, tile)
-    shifts = offsets if tokens == grid.length else None
-    best, codes = _best_candidates(x, vectors, inverse_norm, rows, shifts)
-
-    similar = best > threshold
-    codes = torch.where(similar, codes, ITSELF)
-    pointer = _pointers(codes, rows)
-    doublings = grid.num_frames if max_doublings is None else max_doublings
-    root = resolve_pointers(pointer, doublings)
-    values = _group_means(x.view(tokens * vectors, vector_size), root, similar)
-    values = values.view(tokens, vectors * vector_size)[:, :channels]
-    codes = torch.where(nonzero, codes, ZERO)
-    return Concentrated(values, codes, best)
+    own = torch.arange(len(positions), device=positions.device)  # [T]
+    row_of = positions.new_full((grid.length,), -1)  # [S]
+    row_of[positions] = own
+    source = positions - torch.tensor(offsets, dtype=torch.long, device=positions.device)[:, None]  # [C, T]
+    rows = torch.where(source >= 0, row_of[source.clamp(min=0)], -1)
+    if m_tile is not None and m_tile != -1:
+        number = own if nonzero is None else (nonzero.cumsum(0) - 1).clamp(min=0)
+        tile = number // m_tile  # [T]
+        rows = torch.where(tile[rows.clamp(min=0)] == tile, rows, -1)
+    return torch.cat([own[None], rows])
 
 
 def resolve_pointers(pointer: Tensor, doublings: int) -> Tensor:
@@ -97,96 +134,112 @@ def resolve_pointers(pointer: Tensor, doublings: int) -> Tensor:
     return pointer
 
 
-def _row_blocks(x: Tensor) -> list[slice]:
-    """Slices of rows whose float32 working set fits the budget of x's device."""
-    budget = _CPU_CHUNK_BYTES if x.device.type == "cpu" else _GPU_CHUNK_BYTES
-    step = max(1, budget // (4 * max(1, x.shape[1])))
-    return [slice(a, min(a + step, len(x))) for a in range(0, len(x), step)]
+def _lanes_first(split: Tensor) -> Tensor:
+    """[T, V, n] → [n, T, V]: in memory too where the arithmetic runs as it is written; compiled code needs no copy."""
+    lanes = split.permute(2, 0, 1)
+    return lanes if _compiles(lanes) else lanes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _inverse_norms(x: Tensor, vectors: int) -> tuple[Tensor, Tensor]:
+def _compiles(lanes: Tensor) -> bool:
+    return wants_compiling(lanes) and len(lanes) in _COMPILED_SIZES
+
+
+def _inverse_norms(lanes: Tensor) -> tuple[Tensor, Tensor]:
     """1/‖v‖ of every vector ([T, V] float32, 0 for zero vectors) and which vectors are not zero ([T, V] bool)."""
-    norm = x.new_empty((len(x), vectors), dtype=torch.float32)
-    for block in _row_blocks(x):
-        norm[block] = torch.linalg.vector_norm(x[block].view(-1, vectors, x.shape[1] // vectors).float(), dim=-1)
+    squares = (_compiled_squares if _compiles(lanes) else _sums_of_squares)(lanes)
+    # here and not in compiled code, whose square root rounds differently
+    norm = squares.sqrt_()
     nonzero = norm > 0
-    return torch.where(nonzero, norm.reciprocal(), 0.0), nonzero
+    return norm.reciprocal_().masked_fill_(~nonzero, 0.0), nonzero
 
 
-def _tiles(nonzero: Tensor, m_tile: int | None) -> Tensor | None:
-    """The GEMM tile of each token ([T] int64): tokens that are not entirely zero, numbered in order. None: one tile."""
-    if m_tile is None or m_tile == -1:
-        return None
-    number = nonzero.any(dim=1).long().cumsum(0) - 1
-    return number.clamp(min=0) // m_tile
+def _best_candidates(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Best cosine similarity over the candidates and which one has it (1-based; the first wins a tie): [T, V] each.
 
-
-def _neighbour_rows(positions: Tensor, offsets: list[int], length: int, tile: Tensor | None) -> Tensor:
-    """The row of each candidate ([C, T] int64), −1 where it is outside the run, not present or in another tile."""
-    row_of = positions.new_full((length,), -1)
-    row_of[positions] = torch.arange(len(positions), device=positions.device)
-    rows = positions.new_full((len(offsets), len(positions)), -1)
-    for candidate, offset in enumerate(offsets):
-        source = positions - offset
-        found = torch.where(source >= 0, row_of[source.clamp(min=0)], -1)
-        if tile is not None:
-            found = torch.where(tile[found.clamp(min=0)] == tile, found, -1)
-        rows[candidate] = found
-    return rows
-
-
-def _best_candidates(
-    x: Tensor, vectors: int, inverse_norm: Tensor, rows: Tensor, shifts: list[int] | None
-) -> tuple[Tensor, Tensor]:
-    """Best cosine similarity over the candidates and which candidate has it (1-based; the first wins a tie).
-
-    shifts: each candidate's distance in rows if it is the same for all rows (no token dropped), which saves gathering.
-    A missing candidate is a zero vector: similarity 0, never above a threshold, so it is never chosen here.
+    lanes: [n, T, V]. inverse_norm: [T, V]. rows: [C, T].
     """
-    best = torch.zeros_like(inverse_norm)
+    if _compiles(lanes):
+        return _compiled_matching(lanes, inverse_norm, rows[:, None])
+    # all candidates at once spare small operations, one after the other they spare memory
+    together = lanes.numel() < LEAST_ENTRIES and len(rows) > 0
+    return _match(lanes, inverse_norm, rows[None] if together else rows[:, None])
+
+
+def _sums_of_squares(lanes: Tensor) -> Tensor:
+    """[n, T, V] → [T, V] float32."""
+    lanes = lanes.float()
+    return _sum(lanes * lanes)
+
+
+def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`_best_candidates` in passes of k candidates each. rows: [passes, k, T].
+
+    A missing candidate has similarity 0, never above a threshold, so it is never chosen.
+    """
+    lanes = lanes.float()
+    own = lanes * inverse_norm  # [n, T, V]
+    best = torch.zeros_like(inverse_norm)  # [T, V]
     codes = torch.zeros_like(inverse_norm, dtype=torch.uint8)
-    present = rows >= 0
-    rows = rows.clamp(min=0)
-    for block in _row_blocks(x):
-        own = x[block].view(-1, vectors, x.shape[1] // vectors).float()
-        own = own * inverse_norm[block, :, None]
-        best_here, codes_here = best[block], codes[block]
-        for candidate, row in enumerate(rows[:, block]):
-            shift = shifts[candidate] if shifts else block.stop
-            source = slice(block.start - shift, block.stop - shift) if shift <= block.start else row
-            similarity = (own * x[source].view_as(own).float()).sum(-1) * inverse_norm[source]
-            better = (similarity > best_here) & present[candidate, block, None]
-            best_here.copy_(torch.where(better, similarity, best_here))
-            codes_here.masked_fill_(better, candidate + 1)
+    first = 1
+    for several in rows:  # [k, T]
+        source = several.clamp(min=0).flatten()  # [k·T]
+        other = lanes.index_select(1, source).unflatten(1, several.shape)  # [n, k, T, V]
+        other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [k, T, V]
+        similarity = _sum(own[:, None] * other) * other_norm  # [k, T, V]
+        similarity, choice = torch.where(several[..., None] >= 0, similarity, 0.0).max(0)  # [T, V]
+        better = similarity > best
+        best = torch.where(better, similarity, best)
+        codes = torch.where(better, (choice + first).to(torch.uint8), codes)
+        first += len(several)
     return best, codes
 
 
-def _pointers(codes: Tensor, rows: Tensor) -> Tensor:
-    """The row each vector points to ([T, V] int64): its candidate's row, or its own."""
-    own = torch.arange(codes.shape[0], device=codes.device)
-    table = torch.cat([own[None], rows])
-    return table.T.gather(1, codes.long())
+def _sum(lanes: Tensor) -> Tensor:
+    """Sum over dim 0, adding one half to the other until one is left: one order on every machine, compiled or not."""
+    least = _LANES if torch.compiler.is_compiling() else 1
+    while len(lanes) > least:
+        half = len(lanes) // 2
+        rest = lanes[2 * half :]  # none, or the last
+        lanes = lanes[:half] + lanes[half : 2 * half]
+        if len(rest):
+            lanes = torch.cat([lanes, rest])
+    return lanes.sum(0)
 
 
-def _group_means(flat: Tensor, root: Tensor, similar: Tensor) -> Tensor:
-    """Replace each member of a group of two or more vectors by the group's mean (float32 accumulation).
+_compiled_squares = Compiled(_sums_of_squares, static={0: (0,)})
+_compiled_matching = Compiled(_match, static={0: (0,), 2: (0, 1)})
 
-    flat: [T·V, vector_size]; root, similar: [T, V].
+
+def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor) -> None:
+    """Replace, in place, each member of a group of two or more by the group's mean (float32 accumulation, in order).
+
+    vectors: [T·V, n]. root, similar: [T, V]. A group is a leader and the vectors that follow it. Where doubling ended
+    early, a leader can be a follower itself: then it is no member of its own group.
     """
-    tokens, vectors = root.shape
-    key = root * vectors + torch.arange(vectors, device=root.device)
-    followers = key[similar]
+    count = root.shape[1]
+    followers = torch.nonzero(similar.flatten()).squeeze(1)  # [K] numbers of vectors
     if len(followers) == 0:
-        return flat.clone()
-    members_of = torch.zeros(tokens * vectors, dtype=torch.bool, device=flat.device)
-    members_of[followers] = True
-    # every vector whose pointer ends at a followed vector: the followers and the roots themselves
-    member = torch.nonzero(members_of[key.view(-1)]).squeeze(1)
-    keys, order = torch.sort(key.view(-1)[member], stable=True)
-    member = member[order]
-    _, group, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    means = F.embedding_bag(member, flat.float(), starts, mode="mean").to(flat.dtype)
-    values = flat.clone()
-    values[member] = means[group]
-    return values
+        return
+    leader = root.flatten().index_select(0, followers) * count + followers % count  # [K]
+    number = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device).index_fill_(0, leader, 1)  # [T·V]
+    leaders = torch.nonzero(number).squeeze(1)  # [G]
+    number[leaders] = torch.arange(len(leaders), device=vectors.device)
+    group = number.index_select(0, leader)  # [K]
+
+    outside = similar.flatten().index_select(0, leaders)  # [G]
+    means = vectors.index_select(0, leaders).float().masked_fill_(outside[:, None], 0)  # [G, n]
+    for members, groups in zip(followers.split(_PART), group.split(_PART), strict=True):
+        _add_rows(means, groups, vectors.index_select(0, members).float())
+    size = torch.bincount(group, minlength=len(leaders)) + ~outside
+    means = means.div_(size[:, None]).to(vectors.dtype)
+    vectors.index_copy_(0, leaders, means)
+    for members, groups in zip(followers.split(_PART), group.split(_PART), strict=True):
+        vectors.index_copy_(0, members, means.index_select(0, groups))
+
+
+def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
+    """total[rows[i]] += x[i], in the order of i."""
+    if total.is_cuda:  # where index_add_ adds in any order
+        total.index_put_((rows,), x, accumulate=True)
+    else:
+        total.index_add_(0, rows, x)

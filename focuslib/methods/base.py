@@ -40,7 +40,10 @@ class Method:
         return hidden, None
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C].
+
+        x belongs to the method, that may overwrite it: the model reads what is returned, and nothing else of it.
+        """
         return x
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

@@ -128,7 +128,10 @@ class Events(Protocol):
         """Before a layer: hidden [T, D] → (hidden [T, D], rows to keep [k] int64 ascending, or None for all)."""
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C].
+
+        x belongs to the method, that may overwrite it: the model reads what is returned, and nothing else of it.
+        """
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """In attention, after rotary embedding: queries [H, T, d], keys [H_kv, T, d] → queries [H, T, d]."""
