@@ -76,21 +76,23 @@ def concentrate(
         values = x.clone(memory_format=torch.contiguous_format)
     split = values.view(tokens, vectors, vector_size)
 
-    lanes = _lanes_first(split)
-    inverse_norm, nonzero = _inverse_norms(lanes)
-    full = bool(nonzero.all())
+    lanes = _lanes_before_vectors(split)
+    norm = torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32)  # [T, V]
+    full = bool(norm.all())
     if rows is None or not full:
-        rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else nonzero.any(1))
+        rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
+    zero = None if full else norm == 0
+    inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
     best, codes = _best_candidates(lanes, inverse_norm, rows[1:])
     del lanes
 
     similar = best > threshold
-    codes = codes.masked_fill_(~similar, ITSELF)
+    codes.mul_(similar)  # ITSELF is 0
     pointer = rows.T.gather(1, codes.long())  # [T, V]
-    root = resolve_pointers(pointer, grid.num_frames if max_doublings is None else max_doublings)
-    _replace_by_means(split.flatten(0, 1), root, similar)
+    root, settled = _resolve(pointer, grid.num_frames if max_doublings is None else max_doublings)
+    _replace_by_means(split.view(-1, vector_size), root, similar, settled)
     if not full:
-        codes.masked_fill_(~nonzero, ZERO)
+        codes.masked_fill_(zero, ZERO)
     if values.shape[1] != channels:
         values = values[:, :channels]
     return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
@@ -106,140 +108,140 @@ def candidate_rows(
 ) -> Tensor:
     """The row that a vector with each code points to, [C + 1, T] int64: its own, then its candidates' rows.
 
-    −1 where a candidate is outside the run, not present or in another tile. nonzero: [T], which tokens are not entirely
+    T where a candidate is outside the run, not present or in another tile. nonzero: [T], which tokens are not entirely
     zero, if some are: they have no place in a tile. The rest: as `concentrate`.
     """
     offsets = grid.block_offsets(frame_block, block)
     if len(offsets) > MAX_CANDIDATES:
         raise ValueError(f"a block of {len(offsets)} candidates is too large; at most {MAX_CANDIDATES}")
     own = torch.arange(len(positions), device=positions.device)  # [T]
-    row_of = positions.new_full((grid.length,), -1)  # [S]
+    missing = len(positions)
+    row_of = positions.new_full((grid.length + 1,), missing)  # [S + 1]
     row_of[positions] = own
     source = positions - torch.tensor(offsets, dtype=torch.long, device=positions.device)[:, None]  # [C, T]
-    rows = torch.where(source >= 0, row_of[source.clamp(min=0)], -1)
+    rows = row_of[source.clamp_(min=-1)]
     if m_tile is not None and m_tile != -1:
         number = own if nonzero is None else (nonzero.cumsum(0) - 1).clamp(min=0)
-        tile = number // m_tile  # [T]
-        rows = torch.where(tile[rows.clamp(min=0)] == tile, rows, -1)
+        tile = F.pad(number // m_tile, (0, 1), value=-1)  # [T + 1]
+        rows = torch.where(tile[rows] == tile[:-1], rows, missing)
     return torch.cat([own[None], rows])
 
 
 def resolve_pointers(pointer: Tensor, doublings: int) -> Tensor:
     """Follow pointers along dim 0 by doubling (p ← p[p]) until stable, at most `doublings` times. [T, V] int64."""
+    return _resolve(pointer, doublings)[0]
+
+
+def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
+    """As `resolve_pointers`, and whether the pointers are known to be stable."""
     for _ in range(doublings):
         following = pointer.gather(0, pointer)
         if torch.equal(following, pointer):
-            break
+            return pointer, True
         pointer = following
-    return pointer
+    return pointer, False
 
 
-def _lanes_first(split: Tensor) -> Tensor:
-    """[T, V, n] → [n, T, V]: in memory too where the arithmetic runs as it is written; compiled code needs no copy."""
-    lanes = split.permute(2, 0, 1)
-    return lanes if _compiles(lanes) else lanes.to(torch.float32, memory_format=torch.contiguous_format)
+def _lanes_before_vectors(split: Tensor) -> Tensor:
+    """[T, V, n] → [T, n, V]: in memory too where the arithmetic runs as it is written; compiled code needs no copy."""
+    lanes = split.transpose(1, 2)
+    return lanes if _compiles(lanes) else lanes.float().contiguous()
 
 
 def _compiles(lanes: Tensor) -> bool:
-    return wants_compiling(lanes) and len(lanes) in _COMPILED_SIZES
-
-
-def _inverse_norms(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """1/‖v‖ of every vector ([T, V] float32, 0 for zero vectors) and which vectors are not zero ([T, V] bool)."""
-    squares = (_compiled_squares if _compiles(lanes) else _sums_of_squares)(lanes)
-    # here and not in compiled code, whose square root rounds differently
-    norm = squares.sqrt_()
-    nonzero = norm > 0
-    return norm.reciprocal_().masked_fill_(~nonzero, 0.0), nonzero
+    return wants_compiling(lanes) and lanes.shape[1] in _COMPILED_SIZES
 
 
 def _best_candidates(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Best cosine similarity over the candidates and which one has it (1-based; the first wins a tie): [T, V] each.
 
-    lanes: [n, T, V]. inverse_norm: [T, V]. rows: [C, T].
+    lanes: [T, n, V]. inverse_norm: [T, V], 0 for zero vectors. rows: [C, T], T where there is no such candidate.
     """
+    if rows.shape[0] == 0:
+        return torch.zeros_like(inverse_norm), torch.zeros_like(inverse_norm, dtype=torch.uint8)
+    inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
     if _compiles(lanes):
         return _compiled_matching(lanes, inverse_norm, rows[:, None])
     # all candidates at once spare small operations, one after the other they spare memory
-    together = lanes.numel() < LEAST_ENTRIES and len(rows) > 0
-    return _match(lanes, inverse_norm, rows[None] if together else rows[:, None])
-
-
-def _sums_of_squares(lanes: Tensor) -> Tensor:
-    """[n, T, V] → [T, V] float32."""
-    lanes = lanes.float()
-    return _sum(lanes * lanes)
+    return _match(lanes, inverse_norm, rows[None] if lanes.numel() < LEAST_ENTRIES else rows[:, None])
 
 
 def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`_best_candidates` in passes of k candidates each. rows: [passes, k, T].
+    """`_best_candidates` in passes of k candidates each. rows: [passes, k, T]. inverse_norm: [T + 1, V].
 
-    A missing candidate has similarity 0, never above a threshold, so it is never chosen.
+    A missing candidate counts as a zero vector: similarity 0, never above a threshold, so it is never chosen.
     """
     lanes = lanes.float()
-    own = lanes * inverse_norm  # [n, T, V]
-    best = torch.zeros_like(inverse_norm)  # [T, V]
-    codes = torch.zeros_like(inverse_norm, dtype=torch.uint8)
-    first = 1
+    last = lanes.shape[0] - 1
+    own = lanes * inverse_norm[:-1, None]  # [T, n, V]
+    best = codes = None  # [T, V]
     for several in rows:  # [k, T]
-        source = several.clamp(min=0).flatten()  # [k·T]
-        other = lanes.index_select(1, source).unflatten(1, several.shape)  # [n, k, T, V]
+        source = several.flatten()  # [k·T]
+        other = lanes.index_select(0, source.clamp(max=last)).unflatten(0, several.shape)  # [k, T, n, V]
         other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [k, T, V]
-        similarity = _sum(own[:, None] * other) * other_norm  # [k, T, V]
-        similarity, choice = torch.where(several[..., None] >= 0, similarity, 0.0).max(0)  # [T, V]
+        similarity, choice = _sum(other.mul_(own)).mul_(other_norm).max(0)  # [T, V]
+        if best is None:
+            best, codes, first = similarity.clamp_(min=0), (choice + 1).to(torch.uint8), several.shape[0] + 1
+            continue
         better = similarity > best
         best = torch.where(better, similarity, best)
         codes = torch.where(better, (choice + first).to(torch.uint8), codes)
-        first += len(several)
+        first += several.shape[0]
     return best, codes
 
 
 def _sum(lanes: Tensor) -> Tensor:
-    """Sum over dim 0, adding one half to the other until one is left: one order on every machine, compiled or not."""
-    least = _LANES if torch.compiler.is_compiling() else 1
-    while len(lanes) > least:
-        half = len(lanes) // 2
-        rest = lanes[2 * half :]  # none, or the last
-        lanes = lanes[:half] + lanes[half : 2 * half]
-        if len(rest):
-            lanes = torch.cat([lanes, rest])
-    return lanes.sum(0)
+    """Sum over dim −2, adding one half to the other until one is left: one order everywhere, compiled or not."""
+    compiling = torch.compiler.is_compiling()
+    count = lanes.shape[-2]
+    while count > (_LANES if compiling else 1):
+        half = count // 2
+        rest = lanes[..., 2 * half :, :]  # none, or the last
+        lanes = lanes[..., :half, :] + lanes[..., half : 2 * half, :]
+        if count % 2:
+            lanes = torch.cat([lanes, rest], -2)
+        count = half + count % 2
+    return lanes.sum(-2) if compiling else lanes.squeeze(-2)
 
 
-_compiled_squares = Compiled(_sums_of_squares, static={0: (0,)})
-_compiled_matching = Compiled(_match, static={0: (0,), 2: (0, 1)})
+_compiled_matching = Compiled(_match, static={0: (1,), 2: (0, 1)})
 
 
-def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor) -> None:
+def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor, settled: bool) -> None:
     """Replace, in place, each member of a group of two or more by the group's mean (float32 accumulation, in order).
 
-    vectors: [T·V, n]. root, similar: [T, V]. A group is a leader and the vectors that follow it. Where doubling ended
-    early, a leader can be a follower itself: then it is no member of its own group.
+    vectors: [T·V, n]. root, similar: [T, V]. A group is a leader and the vectors that follow it.
+    settled: no leader follows another. Where doubling ended early one may: then it is no member of its own group.
     """
-    count = root.shape[1]
-    followers = torch.nonzero(similar.flatten()).squeeze(1)  # [K] numbers of vectors
-    if len(followers) == 0:
+    followers = similar.flatten().nonzero().squeeze(1)  # [K] numbers of vectors
+    if followers.shape[0] == 0:
         return
-    leader = root.flatten().index_select(0, followers) * count + followers % count  # [K]
-    number = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device).index_fill_(0, leader, 1)  # [T·V]
-    leaders = torch.nonzero(number).squeeze(1)  # [G]
-    number[leaders] = torch.arange(len(leaders), device=vectors.device)
-    group = number.index_select(0, leader)  # [K]
+    count = root.shape[1]
+    numbers = torch.add(torch.arange(count, device=root.device), root, alpha=count).flatten()  # [T·V]
+    leaders = numbers.index_select(0, followers)  # [K]
+    total = vectors if settled and vectors.dtype == torch.float32 else vectors.to(torch.float32, copy=True)
+    if not settled:
+        total.index_fill_(0, followers, 0)
+    pieces = list(_pieces(followers, leaders))
+    for members, into in pieces:
+        _add_rows(total, into, vectors.index_select(0, members))
+    size = torch.bincount(leaders, minlength=total.shape[0]) + ~similar.flatten()  # [T·V]
+    total.div_(size[:, None])  # a follower that leads no one has no size, and no use of what it becomes here
+    if total is not vectors:
+        vectors.copy_(total)
+    for members, source in pieces:
+        vectors.index_copy_(0, members, total.index_select(0, source).to(vectors.dtype))
 
-    outside = similar.flatten().index_select(0, leaders)  # [G]
-    means = vectors.index_select(0, leaders).float().masked_fill_(outside[:, None], 0)  # [G, n]
-    for members, groups in zip(followers.split(_PART), group.split(_PART), strict=True):
-        _add_rows(means, groups, vectors.index_select(0, members).float())
-    size = torch.bincount(group, minlength=len(leaders)) + ~outside
-    means = means.div_(size[:, None]).to(vectors.dtype)
-    vectors.index_copy_(0, leaders, means)
-    for members, groups in zip(followers.split(_PART), group.split(_PART), strict=True):
-        vectors.index_copy_(0, members, means.index_select(0, groups))
+
+def _pieces(*indices: Tensor):
+    """Parts of equally long indices: moving many vectors at once costs more in fresh memory than in moving."""
+    for start in range(0, indices[0].shape[0], _PART):
+        yield tuple(index[start : start + _PART] for index in indices)
 
 
 def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
     """total[rows[i]] += x[i], in the order of i."""
     if total.is_cuda:  # where index_add_ adds in any order
-        total.index_put_((rows,), x, accumulate=True)
+        total.index_put_((rows,), x.to(total.dtype), accumulate=True)
     else:
-        total.index_add_(0, rows, x)
+        total.index_add_(0, rows, x.to(total.dtype))

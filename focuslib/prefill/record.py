@@ -11,7 +11,7 @@ from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.kernels.similarity import ITSELF, ZERO
+from focuslib.kernels.similarity import ZERO
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
@@ -84,14 +84,14 @@ class Prefill:
         self.record.block = block or self.record.block
         absent = self.grid.length - len(self.present)
         vectors = codes.shape[1]
-        is_zero = codes == ZERO
+        zero = int((codes == ZERO).sum())
         while len(self.record.counts.layers) <= layer:
             self.record.counts.layers.append({})
         self.record.counts.layers[layer][site] = SiteCounts(
             vectors=vectors,
-            zero=int(is_zero.sum()) + absent * vectors,
-            similar=int((~is_zero & (codes != ITSELF)).sum()),
-            empty_tokens=int(is_zero.all(1).sum()) + absent,
+            zero=zero + absent * vectors,
+            similar=int(torch.count_nonzero(codes)) - zero,  # ITSELF is 0
+            empty_tokens=(int((codes == ZERO).all(1).sum()) if zero else 0) + absent,
         )
         if self.record.codes is not None:
             full = codes.new_full((self.grid.length, vectors), ZERO)
