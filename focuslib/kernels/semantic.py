@@ -6,19 +6,28 @@ from torch import Tensor
 from focuslib.errors import UserError
 
 
-def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) -> Tensor:
+def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float, future: Tensor | None = None) -> Tensor:
     """Softmax attention of some query rows, causal, without forming the full matrix.
 
     queries: [H, R, d], the rows asked for. keys: [H_kv, T, d]; H is a multiple of H_kv (grouped-query attention).
     rows: [R] int64, the place of each query in the sequence; it sees keys 0 … rows[r].
+    future: [R, T] bool, the keys that it does not see, where it is at hand.
     Returns [H, R, T] float32.
     """
     heads, count, _ = queries.shape
     kv_heads, tokens, _ = keys.shape
     grouped = queries.view(kv_heads, heads // kv_heads * count, -1)
-    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens) * scaling
-    future = torch.arange(tokens, device=rows.device)[None] > rows[:, None]
-    return scores.masked_fill_(future, float("-inf")).softmax(-1)
+    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens).mul_(scaling)
+    if future is None:
+        future = unseen(rows, tokens)
+    scores.masked_fill_(future, float("-inf"))
+    # in place where autograd allows: fresh memory costs as much again
+    return torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
+
+
+def unseen(rows: Tensor, tokens: int) -> Tensor:
+    """Which of `tokens` keys the queries at `rows` do not see, being later: [R] → [R, T] bool."""
+    return torch.arange(tokens, device=rows.device)[None] > rows[:, None]
 
 
 def prompt_importance(queries: Tensor, keys: Tensor, start: int, count: int, scaling: float) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.kernels.semantic import attention_rows
+from focuslib.kernels.semantic import attention_rows, unseen
 from focuslib.prefill.ops import DecoderShape
 from focuslib.prefill.record import Events, Prefill, Run
 
@@ -183,10 +183,11 @@ class _Patch:
         """Causal attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
         group = q.shape[0] // k.shape[0]
         rows = torch.arange(q.shape[1], device=q.device)
+        future = unseen(rows, q.shape[1])
         out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
         for head in range(q.shape[0]):
             kv = slice(head // group, head // group + 1)
-            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling)[0]
+            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling, future)[0]
             probabilities = self.method.on_probabilities(self.prefill, layer, head, probabilities)
             out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
         return out
