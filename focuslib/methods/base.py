@@ -28,6 +28,11 @@ class Method:
         """Install the method on `vlm` for the length of a `with` block. trace: record every vector's code as well."""
         return install(self, vlm, trace=trace)
 
+    @property
+    def emulates(self) -> bool:
+        """Whether it stands for work that only its accelerator spares: the model computes it all the same."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name."""
         return asdict(self)

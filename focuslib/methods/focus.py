@@ -60,6 +60,10 @@ class Focus(Method):
         if self.m_tile != -1 and self.m_tile < 1:
             raise UserError(f"focus: m_tile is {self.m_tile}; it must be at least 1, or -1 for one tile")
 
+    @property
+    def emulates(self) -> bool:
+        return not self.sec_only
+
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         layers = prefill.shape.layers
         if self.selected_layers and self.selected_layers[-1] >= layers:
