@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focuslib.grid import VisualGrid
+from focuslib.kernels.compiled import uncompiled
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.trace import Trace
@@ -218,12 +219,12 @@ def random_problem(seed):
     return x, torch.from_numpy(positions), grid, {"vector_size": vector_size, **options}
 
 
-def test_compiled_equals_uncompiled_bit_for_bit(compiled_always, monkeypatch):
+def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
     problems = [random_problem(seed) for seed in range(100)]
     with torch.inference_mode():
         compiled = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
-        monkeypatch.setattr("focuslib.kernels.compiled._broken", True)
-        plain = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
+        with uncompiled():
+            plain = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
         for (x, positions, grid, options), a, b in zip(problems, compiled, plain, strict=True):
             assert torch.equal(a.codes, b.codes) and torch.equal(a.similarity, b.similarity)
             assert torch.equal(a.values, b.values)

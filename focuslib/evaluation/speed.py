@@ -197,6 +197,6 @@ def _facts(vlm: VLM, label: str, method: Method, run) -> dict[str, Any]:
         "settings": method.settings(),
         "sparsity": run.method.computation_sparsity(record),
         "left": record.retained[-1] / record.grid.length,
-        "drops_tokens": bool(record.kept),
+        "drops_tokens": record.retained[-1] < record.grid.length,
         "emulates": method.emulates,
     }

@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +52,17 @@ class Compiled:
 def wants_compiling(x: Tensor) -> bool:
     """Whether a function of a tensor of this size is run compiled."""
     return x.numel() >= LEAST_ENTRIES and not _broken
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run everything as it is written, for comparison."""
+    global _broken
+    before, _broken = _broken, True
+    try:
+        yield
+    finally:
+        _broken = before
 
 
 def _announce() -> None:
