@@ -1,28 +1,38 @@
-"""Time and memory of the SIC kernel against a dense formulation that materialises every candidate, in one run."""
+"""Time and memory of the SIC kernel, all as ratios within one run.
+
+Against a dense formulation that materialises every candidate; against the kernel before it was compiled, as the method
+calls both at a site; and of wide inputs against narrow ones.
+"""
 
 import multiprocessing
+import statistics
+import time
 
 import torch
 
+from benchmarks import reference_sic
 from focuslib.evaluation.measure import measure
 from focuslib.grid import VisualGrid
-from focuslib.kernels.similarity import concentrate
+from focuslib.kernels.similarity import candidate_rows, concentrate
 
 FRAMES, HEIGHT, WIDTH, CHANNELS, VECTOR, M_TILE, THRESHOLD = 64, 13, 14, 3584, 32, 1024, 0.9
+WIDE = 18944  # channels before down_proj
 GRID = VisualGrid(0, FRAMES * HEIGHT * WIDTH, FRAMES, HEIGHT, WIDTH, HEIGHT * WIDTH, WIDTH)
+OPTIONS = {"threshold": THRESHOLD, "vector_size": VECTOR, "m_tile": M_TILE}
+REPEATS = 7
 
 
-def video_like(share: float) -> tuple[torch.Tensor, torch.Tensor]:
+def video_like(share: float, channels: int = CHANNELS) -> tuple[torch.Tensor, torch.Tensor]:
     """A site's input [T, D] with temporal redundancy and the positions of its tokens, a share of the run."""
     generator = torch.Generator().manual_seed(0)
-    still = torch.randn(1, HEIGHT * WIDTH, CHANNELS, generator=generator)
+    still = torch.randn(1, HEIGHT * WIDTH, channels, generator=generator)
     noise = torch.randn(FRAMES, HEIGHT * WIDTH, 1, generator=generator).abs() * 0.4
-    x = still + noise * torch.randn(FRAMES, HEIGHT * WIDTH, CHANNELS, generator=generator)
+    x = still + noise * torch.randn(FRAMES, HEIGHT * WIDTH, channels, generator=generator)
     positions = torch.randperm(GRID.length, generator=generator)[: int(share * GRID.length)].sort().values
     return x.flatten(0, 1)[positions], positions
 
 
-def dense_formulation(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_formulation(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """SIC as one writes it first: the zero-filled full sequence, all candidates gathered, cosine, pointers, means."""
     vectors = CHANNELS // VECTOR
     full = x.new_zeros(GRID.length, CHANNELS)
@@ -42,30 +52,52 @@ def dense_formulation(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.T
     flat = (pointer * vectors + torch.arange(vectors)).flatten()
     sums = x.new_zeros(GRID.length * vectors, VECTOR).index_add_(0, flat, full.view(-1, VECTOR))
     counts = torch.bincount(flat, minlength=GRID.length * vectors)
-    means = (sums / counts.clamp(min=1)[:, None])[flat].view(GRID.length, CHANNELS)
-    return means[positions], (best > THRESHOLD)[positions]
+    return (sums / counts.clamp(min=1)[:, None])[flat].view(GRID.length, CHANNELS)[positions]
 
 
-def streaming(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The library's kernel."""
-    merged = concentrate(x, positions, GRID, threshold=THRESHOLD, vector_size=VECTOR, m_tile=M_TILE)
-    return merged.values, (merged.codes > 0) & (merged.codes < 255)
+def before(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A site as the method wrote it before the kernel was compiled: values, a copy of x, values into the copy."""
+    return reference_sic.at_site(x, positions, GRID, **OPTIONS)
 
 
-def in_child(kernel, share: float, pipe) -> None:
-    """In a process of its own: best of three times, and peak memory above what the input takes."""
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other would be measured
-    x, positions = video_like(share)
-    values, similar = kernel(x, positions)
-    checks = float(similar.float().mean()), float(values.double().sum())
-    del values, similar
-    pipe.send((*measure(lambda: kernel(x, positions), 3, x.device), *checks))
+_rows: dict[int, torch.Tensor] = {}  # of the tokens present, as the method keeps them
 
 
-def in_process(kernel, share: float) -> tuple[float, float, float, float]:
-    """Seconds, MiB, share of similar vectors and a checksum of one kernel."""
+def now(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A site as the method calls it: in x itself, the candidates' rows at hand."""
+    rows = _rows.setdefault(len(positions), candidate_rows(positions, GRID, 2, 2, M_TILE))
+    return concentrate(x, positions, GRID, **OPTIONS, rows=rows, overwrite=True).values
+
+
+def _compare(kernels, share: float, widths: tuple[int, ...], threads: int, pipe) -> None:
+    """In a process of its own: each kernel's median time in turns, its peak memory in MiB, and whether all agree."""
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    inputs = [video_like(share, width) for width in widths]
+    work = [x.clone() for x, _ in inputs]
+    cases = list(zip(kernels, inputs, work, strict=True))
+    values = [kernel(y, positions).clone() for kernel, (_, positions), y in cases]  # warms up
+    times = [[] for _ in cases]
+    for _ in range(REPEATS):
+        for (kernel, (x, positions), y), taken in zip(cases, times, strict=True):
+            y.copy_(x)
+            start = time.perf_counter()
+            kernel(y, positions)
+            taken.append(time.perf_counter() - start)
+    close = widths[0] == widths[1] and torch.allclose(*values, rtol=0, atol=1e-4)
+    equal = widths[0] == widths[1] and torch.equal(*values)
+    del values
+    memory = []
+    for kernel, (x, positions), y in cases:
+        y.copy_(x)
+        memory.append(measure(lambda kernel=kernel, y=y, p=positions: kernel(y, p), 1, y.device)[1])
+    pipe.send(([statistics.median(taken) for taken in times], memory, "equal" if equal else "close" if close else "no"))
+
+
+def compare(kernels, share: float, widths=(CHANNELS, CHANNELS), threads: int = 2):
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=in_child, args=(kernel, share, there))
+    arguments = (kernels, share, widths, threads, there)
+    process = multiprocessing.get_context("spawn").Process(target=_compare, args=arguments)
     process.start()
     result = here.recv()
     process.join()
@@ -73,14 +105,20 @@ def in_process(kernel, share: float) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    print(f"SIC on [{GRID.length}, {CHANNELS}] float32, vector {VECTOR}, block 2×2×2, m_tile {M_TILE}, one thread")
-    for share in (1.0, 0.3):
-        slow, fast = in_process(dense_formulation, share), in_process(streaming, share)
-        print(
-            f"  {share:4.0%} of the tokens: dense {slow[0]:.2f} s {slow[1]:.0f} MiB, streaming {fast[0]:.2f} s "
-            f"{fast[1]:.0f} MiB: {slow[0] / fast[0]:.1f} × faster, {fast[1] / slow[1]:.2f} of the memory "
-            f"(similar {slow[2]:.4f} / {fast[2]:.4f}, sums {slow[3]:.1f} / {fast[3]:.1f})"
-        )
+    print(f"SIC on [{GRID.length}, {CHANNELS}] float32, vector {VECTOR}, block 2×2×2, m_tile {M_TILE}")
+    for name, kernel, shares, threads in (
+        ("dense formulation", dense_formulation, (1.0, 0.3), 1),
+        ("kernel before it was compiled", before, (1.0, 0.3), 2),
+    ):
+        for share in shares:
+            (slow, fast), (most, least), agree = compare((kernel, now), share, threads=threads)
+            print(
+                f"  {share:4.0%} of the tokens, {threads} threads: {name} {slow:.3f} s {most:.0f} MiB, "
+                f"now {fast:.3f} s {least:.0f} MiB: {slow / fast:.1f} × faster, {least / most:.2f} of the memory "
+                f"(values: {agree})"
+            )
+    (narrow, wide), _, _ = compare((now, now), 1.0, widths=(CHANNELS, WIDE))
+    print(f"  {WIDE} channels take {wide / narrow:.1f} × the time of {CHANNELS} ({WIDE / CHANNELS:.1f} × the work)")
 
 
 if __name__ == "__main__":

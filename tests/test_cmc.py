@@ -16,6 +16,14 @@ from focuslib.prefill.ops import DecoderShape, cmc_operations, dense_operations
 SHAPE = DecoderShape(layers=1, hidden=48, mlp=96, heads=3, kv_heads=3, head_dim=16)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def elimination():
+    """Search by elimination however small the case."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(motion, "_FEW", 0)
+        yield
+
+
 def video(frames, height=3, width=4, start=4):
     size = height * width
     return VisualGrid(start, frames * size, frames, height, width, size, width)
@@ -77,15 +85,17 @@ def searches(draw):
     x = torch.where(torch.rand(channels, generator=generator) < alike, x[0], x)
     x[:, channels - zero_end :] = 0
     limit = draw(st.floats(0, 1.2)) * torch.cdist(x, x, p=1).max().item()
-    return x[:tokens], x[tokens:], limit, draw(st.sampled_from([1, 1 << 12, 1 << 20]))
+    budget, few = draw(st.sampled_from([1, 1 << 12, 1 << 20])), draw(st.sampled_from([0, 0, 1 << 24]))
+    return x[:tokens], x[tokens:], limit, budget, few
 
 
 @settings(max_examples=200, deadline=None)
 @given(searches())
 def test_search_equals_exhaustive_search(case):
-    tokens, reference, limit, budget = case
+    tokens, reference, limit, budget, few = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(motion._CHUNK_BYTES, "cpu", budget)
+        patch.setattr(motion, "_FEW", few)
         assert torch.equal(motion_search(tokens, reference, limit), exhaustive(tokens, reference, limit))
 
 
@@ -109,7 +119,7 @@ def test_search_equals_exhaustive_search_on_attention_rows(seed, channels, sprea
 @settings(max_examples=60, deadline=None)
 @given(searches())
 def test_bounds_never_exceed_distances(case):
-    tokens, reference, _, _ = case
+    tokens, reference, *_ = case
     tokens, reference = tokens * 0.1, reference * 0.1  # rounded sums
     a, b = motion._block_sums(tokens), motion._block_sums(reference)
     every = torch.arange(len(tokens))

@@ -1,5 +1,10 @@
 """SIC against vectors of the published implementation, a float64 oracle and properties."""
 
+import os
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focuslib.grid import VisualGrid
+from focuslib.kernels.compiled import uncompiled
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.trace import Trace
@@ -176,15 +182,113 @@ def test_one_tile_equals_a_tile_longer_than_the_sequence():
     assert torch.equal(one.codes, long.codes) and torch.equal(one.values, long.values)
 
 
-def test_the_chunk_size_does_not_matter(monkeypatch):
-    x, positions, grid = video_like()
-    whole = concentrate(x, positions, grid, threshold=0.85)
-    monkeypatch.setattr("focuslib.kernels.similarity._CPU_CHUNK_BYTES", 4 * 128 * 3)
-    pieces = concentrate(x, positions, grid, threshold=0.85)
-    assert torch.equal(whole.codes, pieces.codes) and torch.equal(whole.values, pieces.values)
-
-
 def test_no_tokens_left():
     _, _, grid = video_like()
     merged = concentrate(torch.zeros(0, 64), torch.zeros(0, dtype=torch.long), grid, threshold=0.9)
     assert merged.values.shape == (0, 64)
+
+
+@pytest.fixture
+def compiled_always(monkeypatch):
+    """Compile whatever the size; skipped where there is no compiler."""
+    monkeypatch.setattr("focuslib.kernels.compiled.LEAST_ENTRIES", 0)
+    monkeypatch.setattr("focuslib.kernels.compiled._announced", True)
+    monkeypatch.setattr("focuslib.kernels.compiled._broken", False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        x, positions, grid = video_like(frames=2, side=3)
+        concentrate(x, positions, grid, threshold=0.85)
+    if any("torch.compile does not work here" in str(warning.message) for warning in said):
+        pytest.skip("no working compiler")
+
+
+def random_problem(seed):
+    """Tokens, positions, grid and options of any shape that is compiled: a few candidates, a few vector sizes."""
+    rng = np.random.default_rng(seed)
+    frames, height, width = rng.integers(2, 9), rng.integers(2, 9), rng.integers(2, 9)
+    grid = VisualGrid(0, int(frames * height * width), *map(int, (frames, height, width, height * width, width)))
+    vector_size = int(rng.choice([16, 32]))
+    channels = int(rng.integers(2 * vector_size, 9 * vector_size))
+    still = rng.normal(size=(1, height * width, channels)) + 0.5 * rng.normal(size=channels)
+    x = (still + 0.3 * rng.normal(size=(frames, height * width, channels))).reshape(-1, channels)
+    positions = np.flatnonzero(rng.random(grid.length) < rng.choice([0.3, 0.7, 1.0]))
+    x = torch.from_numpy(x[positions]).to([torch.float32, torch.bfloat16][seed % 2])
+    if seed % 5 == 0:
+        x[len(x) // 2 :: 7] = 0
+    options = {"threshold": float(rng.choice([0.5, 0.8, 0.9])), "m_tile": int(rng.choice([-1, 16, 100]))}
+    return x, torch.from_numpy(positions), grid, {"vector_size": vector_size, **options}
+
+
+def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
+    problems = [random_problem(seed) for seed in range(100)]
+    with torch.inference_mode():
+        compiled = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
+        with uncompiled():
+            plain = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
+        for (x, positions, grid, options), a, b in zip(problems, compiled, plain, strict=True):
+            assert torch.equal(a.codes, b.codes) and torch.equal(a.similarity, b.similarity)
+            assert torch.equal(a.values, b.values)
+            overwritten = concentrate(x, positions, grid, **options, overwrite=True)
+            assert torch.equal(x, a.values) and overwritten.values is x
+    assert any((a.codes != ITSELF).float().mean() > 0.3 for a in compiled)
+
+
+def test_token_counts_are_not_compiled_one_by_one(compiled_always):
+    x, positions, grid = video_like(frames=16, side=6, channels=96)
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for count in range(40, 520, 16):  # 30 token counts, two widths
+            for width in (96, 64):
+                concentrate(x[:count, :width], positions[:count], grid, threshold=0.85)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_results_do_not_depend_on_the_number_of_threads(compiled_always):
+    x, positions, grid = video_like(frames=16, side=10)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(concentrate(x, positions, grid, threshold=0.85))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = found
+    assert torch.equal(one.codes, two.codes) and torch.equal(one.values, two.values)
+
+
+WITHOUT_COMPILER = """
+import sys
+import warnings
+
+import torch
+
+from focuslib.grid import VisualGrid
+from focuslib.kernels import compiled
+from focuslib.kernels.similarity import concentrate
+
+x = torch.randn(600, 2048, generator=torch.Generator().manual_seed(0)).cumsum(0)
+assert x.numel() >= compiled.LEAST_ENTRIES
+grid = VisualGrid(0, 600, 6, 10, 10, 100, 10)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    one, two = (concentrate(x, torch.arange(600), grid, threshold=0.9) for _ in range(2))
+assert torch.equal(one.values, two.values) and (one.codes > 0).any()
+said = [str(warning.message) for warning in said if "torch.compile does not work here" in str(warning.message)]
+assert len(said) == 1 and "no-such-compiler" in said[0], said
+compiled.LEAST_ENTRIES = x.numel() + 1
+small = concentrate(x, torch.arange(600), grid, threshold=0.9)  # all candidates at once
+assert torch.equal(one.codes, small.codes) and torch.equal(one.values, small.values)
+"""
+
+
+def test_without_a_compiler_one_warning_and_the_same_result(tmp_path):
+    environment = {**os.environ, "CXX": "/no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, check=True)
+
+
+def test_pointers_that_stop_short_of_the_root():
+    """With one doubling, a vector may end at one that follows another: it is no member of the group it leads."""
+    x = torch.ones(6, 4) * torch.tensor([1.0, 2, 3, 4, 5, 6])[:, None]
+    grid = VisualGrid(0, 6, 1, 1, 6, 6, 6)
+    merged = concentrate(x, torch.arange(6), grid, threshold=0.9, vector_size=4, max_doublings=1)
+    assert merged.values[:, 0].tolist() == [2.0, 2.0, 2.0, 4.0, 5.0, 6.0]

@@ -16,6 +16,7 @@ ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail inte
 _COARSE, _FINE = 64, 8  # channels a block of the two bounds
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
 _ROUNDOFF = 2.0**-24  # of one float32 operation
+_FEW = 1 << 20  # differences of channels up to which computing all distances costs less than sparing any
 
 # Working set of one block of tokens. On a CPU it has to stay small and near the core; on a GPU it only bounds memory.
 _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -40,6 +41,8 @@ def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     are far above `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
     reference = reference.float()
+    if tokens.shape[0] * reference.numel() <= _FEW:
+        return _nearest(torch.cdist(tokens.float(), reference, p=1), limit)
     blocks = _block_sums(reference)
     parts = tokens.split(_FINE * _rows_in_budget(tokens))  # the block sums of a part fit the budget
     return torch.cat([_search(part.float(), reference, blocks, limit) for part in parts])
@@ -99,7 +102,7 @@ def compensate(tokens: Tensor, match: Tensor) -> None:
     own = torch.arange(len(match), device=match.device)
     replaced = torch.nonzero((match >= 0) & (match != own)).squeeze(1)
     for rows in replaced.split(_rows_in_budget(tokens)):
-        tokens[rows] = tokens[match[rows]]
+        tokens.index_copy_(0, rows, tokens.index_select(0, match.index_select(0, rows)))
 
 
 def _search(rows: Tensor, reference: Tensor, reference_blocks: _Blocks, limit: float) -> Tensor:
@@ -126,10 +129,14 @@ def _search(rows: Tensor, reference: Tensor, reference_blocks: _Blocks, limit: f
         row, candidate = torch.nonzero(left, as_tuple=True)
         distance = bound.fill_(torch.inf)
         distance[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
-    best = distance.argmin(1)
-    near = distance.gather(1, best[:, None]).squeeze(1) < limit
-    match[alive] = torch.where(near, best, INFORMATIVE)
+    match[alive] = _nearest(distance, limit)
     return match
+
+
+def _nearest(distance: Tensor, limit: float) -> Tensor:
+    """The first nearest of each row's distances where it is below `limit`: [N, P] → [N]."""
+    least, best = distance.min(1)
+    return torch.where(least < limit, best, INFORMATIVE)
 
 
 def _block_sums(x: Tensor) -> _Blocks:
@@ -138,9 +145,11 @@ def _block_sums(x: Tensor) -> _Blocks:
     nonzero = torch.nonzero(x.any(0))
     # whole coarse blocks, so that cdist adds the channels in use in the same order as it adds all
     width = -(-(int(nonzero[-1]) + 1) // _COARSE) * _COARSE if len(nonzero) else _COARSE
-    if x.shape[1] % _FINE:
-        x = F.pad(x, (0, -x.shape[1] % _FINE))
-    return _Blocks(x.unflatten(1, (-1, _FINE)).sum(-1), norm, width // _FINE)
+    whole = x.shape[1] // _FINE * _FINE
+    sums = x[:, :whole].unflatten(1, (-1, _FINE)).sum(-1)
+    if whole < x.shape[1]:
+        sums = torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], dim=1)
+    return _Blocks(sums, norm, width // _FINE)
 
 
 def _lower_bounds(a: _Blocks, rows: Tensor, b: _Blocks, used: int, size: int, channels: int) -> Tensor:

@@ -17,12 +17,20 @@ def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float, 
     heads, count, _ = queries.shape
     kv_heads, tokens, _ = keys.shape
     grouped = queries.reshape(kv_heads, heads // kv_heads * count, -1)
-    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens) * scaling
-    seen = torch.arange(tokens, device=rows.device) <= rows[:, None] if mask is None else mask[:, rows]
-    if seen.dtype != torch.bool:
-        return scores.add_(seen).softmax(-1)
-    # not −inf: a row of padding sees nothing, and its NaN would spread
-    return scores.masked_fill_(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens).mul_(scaling)
+    seen = seen_keys(rows, tokens) if mask is None else mask if count == tokens else mask[:, rows]
+    if seen.dtype == torch.bool:
+        # not −inf: a row of padding sees nothing, and its NaN would spread
+        scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
+    else:
+        scores.add_(seen)
+    # in place where autograd allows: fresh memory costs as much again
+    return torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
+
+
+def seen_keys(rows: Tensor, tokens: int) -> Tensor:
+    """Which of `tokens` keys the queries at `rows` see, being no later: [R] → [R, T] bool."""
+    return torch.arange(tokens, device=rows.device)[None] <= rows[:, None]
 
 
 def prompt_importance(

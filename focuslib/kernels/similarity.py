@@ -1,6 +1,8 @@
 """Similarity concentration (SIC): merge each vector with similar vectors of neighbouring visual tokens.
 
 Paper: Focus (HPCA 2026), block-level and vector-level similarity concentration. Pure functions on tensors.
+
+Shapes: T present visual tokens of D channels, that are V vectors of n channels; C candidates.
 """
 
 from dataclasses import dataclass
@@ -10,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import VisualGrid
+from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled, wants_compiling
 
 ITSELF = 0  # code of a vector that no candidate is similar enough to
 ZERO = 255  # code of a vector whose entries are all zero
 MAX_CANDIDATES = 254
 
-# Working set of one pass over a block of rows. On a CPU it has to fit a core's cache; on a GPU it bounds memory.
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 19, 1 << 28
+_LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
+_COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
+_PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
 
 
 @dataclass
@@ -49,144 +53,195 @@ def concentrate(
     block: int = 2,
     m_tile: int | None = 1024,
     max_doublings: int | None = None,
+    rows: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Concentrated:
     """Concentrate similar vectors of neighbouring visual tokens.
 
     x: [T, D] float32, bfloat16 or float16: the visual tokens still present, in sequence order.
     positions: [T] int64, ascending: each token's place p in the original visual run (0 … S − 1).
-    threshold: a vector is similar if its best cosine similarity is strictly above this.
+    threshold: a vector is similar if its best cosine similarity is strictly above this; not negative.
     m_tile: tokens a GEMM tile; tokens of different tiles are never compared. None or −1: one tile.
     max_doublings: pointer-doubling steps; None: as published, the number of frames.
-
-    The candidates are streamed one after another over blocks of rows, so the extra memory is that of one block.
+    rows: `candidate_rows` of the same positions, grid, blocks and m_tile, where they are used more than once.
+    overwrite: write the values into x.
     """
     tokens, channels = x.shape
     vector_size = min(vector_size, channels)
     vectors = num_vectors(channels, vector_size)
+    values = x
     if channels % vector_size:
-        x = F.pad(x, (0, vectors * vector_size - channels))
-    x = x.contiguous()
+        values = F.pad(x, (0, vectors * vector_size - channels))
+    elif not (overwrite and x.is_contiguous()):
+        values = x.clone(memory_format=torch.contiguous_format)
+    split = values.view(tokens, vectors, vector_size)
+
+    lanes = _lanes_before_vectors(split)
+    norm = torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32)  # [T, V]
+    full = bool(norm.all())
+    if rows is None or not full:
+        rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
+    zero = None if full else norm == 0
+    inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
+    best, codes = _best_candidates(lanes, inverse_norm, rows[1:])
+    del lanes
+
+    similar = best > threshold
+    codes.mul_(similar)  # ITSELF is 0
+    pointer = rows.T.gather(1, codes.long())  # [T, V]
+    root, settled = _resolve(pointer, grid.num_frames if max_doublings is None else max_doublings)
+    _replace_by_means(split.view(-1, vector_size), root, similar, settled)
+    if not full:
+        codes.masked_fill_(zero, ZERO)
+    if values.shape[1] != channels:
+        values = values[:, :channels]
+    return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
+
+
+def candidate_rows(
+    positions: Tensor,
+    grid: VisualGrid,
+    frame_block: int,
+    block: int,
+    m_tile: int | None,
+    nonzero: Tensor | None = None,
+) -> Tensor:
+    """The row that a vector with each code points to, [C + 1, T] int64: its own, then its candidates' rows.
+
+    T where a candidate is outside the run, not present or in another tile. nonzero: [T], which tokens are not entirely
+    zero, if some are: they have no place in a tile. The rest: as `concentrate`.
+    """
     offsets = grid.block_offsets(frame_block, block)
     if len(offsets) > MAX_CANDIDATES:
         raise ValueError(f"a block of {len(offsets)} candidates is too large; at most {MAX_CANDIDATES}")
-
-    inverse_norm, nonzero = _inverse_norms(x, vectors)
-    tile = _tiles(nonzero, m_tile)
-    rows = _neighbour_rows(positions, offsets, grid.length, tile)
-    shifts = offsets if tokens == grid.length else None
-    best, codes = _best_candidates(x, vectors, inverse_norm, rows, shifts)
-
-    similar = best > threshold
-    codes = torch.where(similar, codes, ITSELF)
-    pointer = _pointers(codes, rows)
-    doublings = grid.num_frames if max_doublings is None else max_doublings
-    root = resolve_pointers(pointer, doublings)
-    values = _group_means(x.view(tokens * vectors, vector_size), root, similar)
-    values = values.view(tokens, vectors * vector_size)[:, :channels]
-    codes = torch.where(nonzero, codes, ZERO)
-    return Concentrated(values, codes, best)
+    own = torch.arange(len(positions), device=positions.device)  # [T]
+    missing = len(positions)
+    row_of = positions.new_full((grid.length + 1,), missing)  # [S + 1]
+    row_of[positions] = own
+    source = positions - torch.tensor(offsets, dtype=torch.long, device=positions.device)[:, None]  # [C, T]
+    rows = row_of[source.clamp_(min=-1)]
+    if m_tile is not None and m_tile != -1:
+        number = own if nonzero is None else (nonzero.cumsum(0) - 1).clamp(min=0)
+        tile = F.pad(number // m_tile, (0, 1), value=-1)  # [T + 1]
+        rows = torch.where(tile[rows] == tile[:-1], rows, missing)
+    return torch.cat([own[None], rows])
 
 
 def resolve_pointers(pointer: Tensor, doublings: int) -> Tensor:
     """Follow pointers along dim 0 by doubling (p ← p[p]) until stable, at most `doublings` times. [T, V] int64."""
+    return _resolve(pointer, doublings)[0]
+
+
+def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
+    """As `resolve_pointers`, and whether the pointers are known to be stable."""
     for _ in range(doublings):
         following = pointer.gather(0, pointer)
         if torch.equal(following, pointer):
-            break
+            return pointer, True
         pointer = following
-    return pointer
+    return pointer, False
 
 
-def _row_blocks(x: Tensor) -> list[slice]:
-    """Slices of rows whose float32 working set fits the budget of x's device."""
-    budget = _CPU_CHUNK_BYTES if x.device.type == "cpu" else _GPU_CHUNK_BYTES
-    step = max(1, budget // (4 * max(1, x.shape[1])))
-    return [slice(a, min(a + step, len(x))) for a in range(0, len(x), step)]
+def _lanes_before_vectors(split: Tensor) -> Tensor:
+    """[T, V, n] → [T, n, V]: in memory too where the arithmetic runs as it is written; compiled code needs no copy."""
+    lanes = split.transpose(1, 2)
+    return lanes if _compiles(lanes) else lanes.float().contiguous()
 
 
-def _inverse_norms(x: Tensor, vectors: int) -> tuple[Tensor, Tensor]:
-    """1/‖v‖ of every vector ([T, V] float32, 0 for zero vectors) and which vectors are not zero ([T, V] bool)."""
-    norm = x.new_empty((len(x), vectors), dtype=torch.float32)
-    for block in _row_blocks(x):
-        norm[block] = torch.linalg.vector_norm(x[block].view(-1, vectors, x.shape[1] // vectors).float(), dim=-1)
-    nonzero = norm > 0
-    return torch.where(nonzero, norm.reciprocal(), 0.0), nonzero
+def _compiles(lanes: Tensor) -> bool:
+    return wants_compiling(lanes) and lanes.shape[1] in _COMPILED_SIZES
 
 
-def _tiles(nonzero: Tensor, m_tile: int | None) -> Tensor | None:
-    """The GEMM tile of each token ([T] int64): tokens that are not entirely zero, numbered in order. None: one tile."""
-    if m_tile is None or m_tile == -1:
-        return None
-    number = nonzero.any(dim=1).long().cumsum(0) - 1
-    return number.clamp(min=0) // m_tile
+def _best_candidates(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Best cosine similarity over the candidates and which one has it (1-based; the first wins a tie): [T, V] each.
 
-
-def _neighbour_rows(positions: Tensor, offsets: list[int], length: int, tile: Tensor | None) -> Tensor:
-    """The row of each candidate ([C, T] int64), −1 where it is outside the run, not present or in another tile."""
-    row_of = positions.new_full((length,), -1)
-    row_of[positions] = torch.arange(len(positions), device=positions.device)
-    rows = positions.new_full((len(offsets), len(positions)), -1)
-    for candidate, offset in enumerate(offsets):
-        source = positions - offset
-        found = torch.where(source >= 0, row_of[source.clamp(min=0)], -1)
-        if tile is not None:
-            found = torch.where(tile[found.clamp(min=0)] == tile, found, -1)
-        rows[candidate] = found
-    return rows
-
-
-def _best_candidates(
-    x: Tensor, vectors: int, inverse_norm: Tensor, rows: Tensor, shifts: list[int] | None
-) -> tuple[Tensor, Tensor]:
-    """Best cosine similarity over the candidates and which candidate has it (1-based; the first wins a tie).
-
-    shifts: each candidate's distance in rows if it is the same for all rows (no token dropped), which saves gathering.
-    A missing candidate is a zero vector: similarity 0, never above a threshold, so it is never chosen here.
+    lanes: [T, n, V]. inverse_norm: [T, V], 0 for zero vectors. rows: [C, T], T where there is no such candidate.
     """
-    best = torch.zeros_like(inverse_norm)
-    codes = torch.zeros_like(inverse_norm, dtype=torch.uint8)
-    present = rows >= 0
-    rows = rows.clamp(min=0)
-    for block in _row_blocks(x):
-        own = x[block].view(-1, vectors, x.shape[1] // vectors).float()
-        own = own * inverse_norm[block, :, None]
-        best_here, codes_here = best[block], codes[block]
-        for candidate, row in enumerate(rows[:, block]):
-            shift = shifts[candidate] if shifts else block.stop
-            source = slice(block.start - shift, block.stop - shift) if shift <= block.start else row
-            similarity = (own * x[source].view_as(own).float()).sum(-1) * inverse_norm[source]
-            better = (similarity > best_here) & present[candidate, block, None]
-            best_here.copy_(torch.where(better, similarity, best_here))
-            codes_here.masked_fill_(better, candidate + 1)
+    if rows.shape[0] == 0:
+        return torch.zeros_like(inverse_norm), torch.zeros_like(inverse_norm, dtype=torch.uint8)
+    inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
+    if _compiles(lanes):
+        return _compiled_matching(lanes, inverse_norm, rows[:, None])
+    # all candidates at once spare small operations, one after the other they spare memory
+    return _match(lanes, inverse_norm, rows[None] if lanes.numel() < LEAST_ENTRIES else rows[:, None])
+
+
+def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`_best_candidates` in passes of k candidates each. rows: [passes, k, T]. inverse_norm: [T + 1, V].
+
+    A missing candidate counts as a zero vector: similarity 0, never above a threshold, so it is never chosen.
+    """
+    lanes = lanes.float()
+    last = lanes.shape[0] - 1
+    own = lanes * inverse_norm[:-1, None]  # [T, n, V]
+    best = codes = None  # [T, V]
+    for several in rows:  # [k, T]
+        source = several.flatten()  # [k·T]
+        other = lanes.index_select(0, source.clamp(max=last)).unflatten(0, several.shape)  # [k, T, n, V]
+        other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [k, T, V]
+        similarity, choice = _sum(other.mul_(own)).mul_(other_norm).max(0)  # [T, V]
+        if best is None:
+            best, codes, first = similarity.clamp_(min=0), (choice + 1).to(torch.uint8), several.shape[0] + 1
+            continue
+        better = similarity > best
+        best = torch.where(better, similarity, best)
+        codes = torch.where(better, (choice + first).to(torch.uint8), codes)
+        first += several.shape[0]
     return best, codes
 
 
-def _pointers(codes: Tensor, rows: Tensor) -> Tensor:
-    """The row each vector points to ([T, V] int64): its candidate's row, or its own."""
-    own = torch.arange(codes.shape[0], device=codes.device)
-    table = torch.cat([own[None], rows])
-    return table.T.gather(1, codes.long())
+def _sum(lanes: Tensor) -> Tensor:
+    """Sum over dim −2, adding one half to the other until one is left: one order everywhere, compiled or not."""
+    compiling = torch.compiler.is_compiling()
+    count = lanes.shape[-2]
+    while count > (_LANES if compiling else 1):
+        half = count // 2
+        rest = lanes[..., 2 * half :, :]  # none, or the last
+        lanes = lanes[..., :half, :] + lanes[..., half : 2 * half, :]
+        if count % 2:
+            lanes = torch.cat([lanes, rest], -2)
+        count = half + count % 2
+    return lanes.sum(-2) if compiling else lanes.squeeze(-2)
 
 
-def _group_means(flat: Tensor, root: Tensor, similar: Tensor) -> Tensor:
-    """Replace each member of a group of two or more vectors by the group's mean (float32 accumulation).
+_compiled_matching = Compiled(_match, static={0: (1,), 2: (0, 1)})
 
-    flat: [T·V, vector_size]; root, similar: [T, V].
+
+def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor, settled: bool) -> None:
+    """Replace, in place, each member of a group of two or more by the group's mean (float32 accumulation, in order).
+
+    vectors: [T·V, n]. root, similar: [T, V]. A group is a leader and the vectors that follow it.
+    settled: no leader follows another. Where doubling ended early one may: then it is no member of its own group.
     """
-    tokens, vectors = root.shape
-    key = root * vectors + torch.arange(vectors, device=root.device)
-    followers = key[similar]
-    if len(followers) == 0:
-        return flat.clone()
-    members_of = torch.zeros(tokens * vectors, dtype=torch.bool, device=flat.device)
-    members_of[followers] = True
-    # every vector whose pointer ends at a followed vector: the followers and the roots themselves
-    member = torch.nonzero(members_of[key.view(-1)]).squeeze(1)
-    keys, order = torch.sort(key.view(-1)[member], stable=True)
-    member = member[order]
-    _, group, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    means = F.embedding_bag(member, flat.float(), starts, mode="mean").to(flat.dtype)
-    values = flat.clone()
-    values[member] = means[group]
-    return values
+    followers = similar.flatten().nonzero().squeeze(1)  # [K] numbers of vectors
+    if followers.shape[0] == 0:
+        return
+    count = root.shape[1]
+    numbers = torch.add(torch.arange(count, device=root.device), root, alpha=count).flatten()  # [T·V]
+    leaders = numbers.index_select(0, followers)  # [K]
+    total = vectors if settled and vectors.dtype == torch.float32 else vectors.to(torch.float32, copy=True)
+    if not settled:
+        total.index_fill_(0, followers, 0)
+    pieces = list(_pieces(followers, leaders))
+    for members, into in pieces:
+        _add_rows(total, into, vectors.index_select(0, members))
+    size = torch.bincount(leaders, minlength=total.shape[0]) + ~similar.flatten()  # [T·V]
+    total.div_(size[:, None])  # a follower that leads no one has no size, and no use of what it becomes here
+    if total is not vectors:
+        vectors.copy_(total)
+    for members, source in pieces:
+        vectors.index_copy_(0, members, total.index_select(0, source).to(vectors.dtype))
+
+
+def _pieces(*indices: Tensor):
+    """Parts of equally long indices: moving many vectors at once costs more in fresh memory than in moving."""
+    for start in range(0, indices[0].shape[0], _PART):
+        yield tuple(index[start : start + _PART] for index in indices)
+
+
+def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
+    """total[rows[i]] += x[i], in the order of i."""
+    if total.is_cuda:  # where index_add_ adds in any order
+        total.index_put_((rows,), x.to(total.dtype), accumulate=True)
+    else:
+        total.index_add_(0, rows, x.to(total.dtype))

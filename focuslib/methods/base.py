@@ -28,6 +28,11 @@ class Method(Events):
         """Install the method on `vlm` for the length of a `with` block. trace: record every vector's code as well."""
         return install(self, vlm, trace=trace)
 
+    @property
+    def emulates(self) -> bool:
+        """Whether it stands for work that only its accelerator spares: the model computes it all the same."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name."""
         return asdict(self)
@@ -40,7 +45,10 @@ class Method(Events):
         return hidden, None
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C].
+
+        x belongs to the method, that may overwrite it: the model reads what is returned, and nothing else of it.
+        """
         return x
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

@@ -59,6 +59,10 @@ class Cmc(Method):
         if any(layer < 0 for layer in self.skip_score_layers):
             raise UserError(f"method cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
 
+    @property
+    def emulates(self) -> bool:
+        return True
+
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
         prefill.state |= {"query": [], "score": [], "scored": []}

@@ -9,7 +9,7 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.kernels.semantic import most_important, prompt_importance, tokens_to_keep
-from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, concentrate, num_vectors
+from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, candidate_rows, concentrate, num_vectors
 from focuslib.methods.base import Method
 from focuslib.prefill.ops import concentrated_operations, dense_operations
 from focuslib.prefill.record import Prefill, PrefillRecord
@@ -62,6 +62,10 @@ class Focus(Method):
         if self.m_tile != -1 and self.m_tile < 1:
             raise UserError(f"method focus: m_tile is {self.m_tile}; it must be at least 1, or -1 for one tile")
 
+    @property
+    def emulates(self) -> bool:
+        return not self.sec_only
+
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         layers = prefill.shape.layers
         if self.selected_layers and self.selected_layers[-1] >= layers:
@@ -76,28 +80,37 @@ class Focus(Method):
             )
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        visual = x[prefill.visual]
-        if self.sec_only:
-            vectors = num_vectors(visual.shape[1], self.vector_size)
-            codes = visual.new_full((len(visual), vectors), ITSELF, dtype=torch.uint8)
-            prefill.record_site(layer, site, codes, self.geometry(prefill.grid))
-            return x
         geometry = self.geometry(prefill.grid)
+        if self.sec_only:
+            vectors = num_vectors(x.shape[1], self.vector_size)
+            codes = x.new_full((len(prefill.present), vectors), ITSELF, dtype=torch.uint8)
+            prefill.record_site(layer, site, codes, geometry)
+            return x
+        if x.requires_grad:
+            x = x.clone()  # autograd may need what it was computed from
         merged = concentrate(
-            visual,
+            x[prefill.visual],
             prefill.present,
             prefill.grid,
             threshold=self.similarity_threshold,
             vector_size=self.vector_size,
-            frame_block=geometry.frame_block,
-            block=geometry.block,
+            frame_block=self.frame_block,
+            block=self.block,
             m_tile=self.m_tile,
             max_doublings=geometry.max_doublings,
+            rows=self._rows(prefill),
+            overwrite=True,
         )
         prefill.record_site(layer, site, merged.codes, geometry)
-        x = x.clone()
-        x[prefill.visual] = merged.values
         return x
+
+    def _rows(self, prefill: Prefill) -> Tensor:
+        """The candidates' rows of the tokens that are present, looked up once until the next drop."""
+        present, rows = prefill.state.get("rows", (None, None))
+        if present is not prefill.present:
+            rows = candidate_rows(prefill.present, prefill.grid, self.frame_block, self.block, self.m_tile)
+            prefill.state["rows"] = prefill.present, rows
+        return rows
 
     def geometry(self, grid: VisualGrid) -> BlockGeometry:
         """The block of candidates, and the pointer-doubling steps: the published bound, or enough to reach any root."""

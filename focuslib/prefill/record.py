@@ -12,7 +12,7 @@ from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.kernels.similarity import ITSELF, ZERO
+from focuslib.kernels.similarity import ZERO
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
@@ -112,14 +112,14 @@ class Prefill:
         self.record.block = block or self.record.block
         absent = self.grid.length - len(self.present)
         vectors = codes.shape[1]
-        is_zero = codes == ZERO
+        zero = int((codes == ZERO).sum())
         while len(self.record.counts.layers) <= layer:
             self.record.counts.layers.append({})
         counts = self.record.counts.layers[layer][site] = SiteCounts(
             vectors=vectors,
-            zero=int(is_zero.sum()) + absent * vectors,
-            similar=int((~is_zero & (codes != ITSELF)).sum()),
-            empty_tokens=int(is_zero.all(1).sum()) + absent,
+            zero=zero + absent * vectors,
+            similar=int(torch.count_nonzero(codes)) - zero,  # ITSELF is 0
+            empty_tokens=(int((codes == ZERO).all(1).sum()) if zero else 0) + absent,
         )
         self.record_rows(layer, site, counts.rows(self.grid.length))
         if self.record.codes is not None:
@@ -162,7 +162,10 @@ class Events(Protocol):
         ...
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C]."""
+        """At the input of a linear GEMM site (q_proj, o_proj, gate_proj, down_proj): x [T, C] → [T, C].
+
+        x belongs to the method, that may overwrite it: the model reads what is returned, and nothing else of it.
+        """
         ...
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

@@ -1,0 +1,85 @@
+"""Tensor code compiled where that pays: as it is written for small tensors, and where there is no working compiler."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# From this size on, compiling pays: below it the small operations cost less than the seconds a compiled one takes to
+# load. Half a million entries is a tenth of a short video in a model of 7 billion parameters.
+LEAST_ENTRIES = 1 << 19
+
+# One graph for each number of candidates, vector size, dtype, inference mode and number of threads that a process
+# meets, each of them for any number of tokens and channels. Beyond this many, new ones run as they are written.
+_MOST_GRAPHS = 64
+
+_announced = False
+_broken = False
+
+
+class Compiled:
+    """A function of tensors, compiled by torch.compile when its first argument is large.
+
+    Sizes may change from call to call without compiling anew, but for those in `static`: what is specialised on.
+    What the compiler makes is kept on disk (torch's own cache), for the next process.
+    """
+
+    def __init__(self, function: Callable[..., Any], static: dict[int, tuple[int, ...]]):
+        """static: argument number → its dimensions of fixed size."""
+        self.function = function
+        self.static = static
+        self.compiled = torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        if not wants_compiling(arguments[0]):
+            return self.function(*arguments)
+        for number, dimensions in self.static.items():
+            for dimension in dimensions:
+                torch._dynamo.mark_static(arguments[number], dimension)
+        _announce()
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS):
+                return self.compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:  # also what the C++ or Triton compiler reports
+            _give_up(error)
+            return self.function(*arguments)
+
+
+def wants_compiling(x: Tensor) -> bool:
+    """Whether a function of a tensor of this size is run compiled."""
+    return x.numel() >= LEAST_ENTRIES and not _broken
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run everything as it is written, for comparison."""
+    global _broken
+    before, _broken = _broken, True
+    try:
+        yield
+    finally:
+        _broken = before
+
+
+def _announce() -> None:
+    """Say, once a process, why the first large call takes longer."""
+    global _announced
+    if not _announced:
+        _announced = True
+        print("focuslib: compiling the similarity kernel (seconds on first use, then kept on disk)", file=sys.stderr)
+
+
+def _give_up(error: Exception) -> None:
+    """Run without a compiler from now on, and say so once."""
+    global _broken
+    _broken = True
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    warnings.warn(
+        f"torch.compile does not work here ({reason}); large inputs run uncompiled, several times slower and with more "
+        "memory. On a CPU it needs a C++ compiler (g++, clang++ or MSVC), on a GPU Triton.",
+        stacklevel=4,
+    )
