@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from focuslib.errors import UserError
-from focuslib.evaluation.journal import write_json
 from focuslib.evaluation.measure import measure
 from focuslib.evaluation.settings import method_settings
+from focuslib.files import write_json
 from focuslib.methods import Focus, Method
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
@@ -112,6 +112,8 @@ def measure_speed(
         row["over_dense"] = row["prefill_ms"] / dense if dense else None
     if out is not None:
         grid = prepare().grid
+        if grid is None:
+            raise UserError("the prompt has no visual tokens; give a video or an image")
         facts = {"model": vlm.name, "dtype": str(vlm.dtype).removeprefix("torch."), "frames": grid.num_frames}
         facts |= {"visual_tokens": grid.length, "layers": vlm.model.config.get_text_config().num_hidden_layers}
         write_json(Path(out), {"machine": machine(vlm.device), "input": {**facts, "repeats": repeats}, "rows": rows})
@@ -195,7 +197,7 @@ def _facts(vlm: VLM, label: str, method: Method, run) -> dict[str, Any]:
     return {
         "method": label,
         "settings": method.settings(),
-        "sparsity": run.method.computation_sparsity(record),
+        "sparsity": run.record.computation_sparsity,
         "left": record.retained[-1] / record.grid.length,
         "drops_tokens": record.retained[-1] < record.grid.length,
         "emulates": method.emulates,

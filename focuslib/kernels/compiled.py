@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 # From this size on, compiling pays: below it the small operations cost less than the seconds a compiled one takes to
 # load. Half a million entries is a tenth of a short video in a model of 7 billion parameters.
@@ -44,7 +45,7 @@ class Compiled:
         try:
             with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS):
                 return self.compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:  # also what the C++ or Triton compiler reports
+        except TorchDynamoException as error:  # also what the C++ or Triton compiler reports
             _give_up(error)
             return self.function(*arguments)
 

@@ -6,6 +6,7 @@ Shapes: T present visual tokens of D channels, that are V vectors of n channels;
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def concentrate(
     full = bool(norm.all())
     if rows is None or not full:
         rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
-    zero = None if full else norm == 0
+    zero: Any = None if full else norm == 0
     inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
     best, codes = _best_candidates(lanes, inverse_norm, rows[1:])
     del lanes
@@ -174,7 +175,9 @@ def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, T
     lanes = lanes.float()
     last = lanes.shape[0] - 1
     own = lanes * inverse_norm[:-1, None]  # [T, n, V]
-    best = codes = None  # [T, V]
+    best: Any = None  # [T, V], as codes
+    codes: Any = None
+    first = 0
     for several in rows:  # [k, T]
         source = several.flatten()  # [k·T]
         other = lanes.index_select(0, source.clamp(max=last)).unflatten(0, several.shape)  # [k, T, n, V]

@@ -1,5 +1,7 @@
 """Decoders of a published shape with random weights: what time and memory need of a model, without a checkpoint."""
 
+from typing import Any
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -44,14 +46,15 @@ def load_shape(
     name: str, *, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Shape:
     """A decoder of a shape (see SHAPES). layers: how many of its layers; None: all."""
-    dimensions = dict(pick(SHAPES, name, "shape"))
+    dimensions: dict[str, Any] = dict(pick(SHAPES, name, "shape"))
     if layers is not None:
         if not 1 <= layers <= dimensions["num_hidden_layers"]:
             raise UserError(f"shape:{name} has {dimensions['num_hidden_layers']} layers; layers is {layers}")
         dimensions["num_hidden_layers"] = layers
-    config = Qwen2Config(**dimensions, vocab_size=VOCABULARY, tie_word_embeddings=False, rope_theta=1e6)
+    rotary = {"rope_type": "default", "rope_theta": 1e6}
+    config = Qwen2Config(**dimensions, vocab_size=VOCABULARY, tie_word_embeddings=False, rope_parameters=rotary)
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model: Any = Qwen2ForCausalLM(config)
     model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -62,7 +65,7 @@ def load_shape(
                 parameter.fill_(0)
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                module.weight.fill_(1)
+                torch.nn.init.ones_(module.weight)
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.generation_config.eos_token_id = None
     return Shape(model, None, FrameSampling(max_frames=64))
