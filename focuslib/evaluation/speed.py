@@ -197,7 +197,7 @@ def _facts(vlm: VLM, label: str, method: Method, run) -> dict[str, Any]:
     return {
         "method": label,
         "settings": method.settings(),
-        "sparsity": run.record.computation_sparsity,
+        "sparsity": record.computation_sparsity,
         "left": record.retained[-1] / record.grid.length,
         "drops_tokens": record.retained[-1] < record.grid.length,
         "emulates": method.emulates,
