@@ -1,6 +1,6 @@
 """Decoders of a published shape with random weights: what time and memory need of a model, without a checkpoint."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -20,6 +20,7 @@ SHAPES = {
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
 }  # fmt: skip
+SHAPE_NAME = "shape"  # no adapter of the registry, which completion reads by their names in these files
 VOCABULARY = 1024  # the output head is no part of what is compared
 ROWS, COLUMNS, BEFORE, AFTER = 13, 14, 14, 20  # tokens a frame, as LLaVA-Video pools them; text before and after
 
@@ -27,7 +28,7 @@ ROWS, COLUMNS, BEFORE, AFTER = 13, 14, 14, 20  # tokens a frame, as LLaVA-Video 
 class Shape(VLM):
     """A decoder alone: its inputs are embeddings that change slowly over time, and it has no vision tower."""
 
-    name = "shape"
+    name: ClassVar[str] = SHAPE_NAME
 
     def clip(self, frames: int) -> Inputs:
         """A prompt of so many frames: what stays the same in them, plus noise that differs from frame to frame."""
