@@ -146,10 +146,10 @@ def test_a_question_without_media_is_a_recorded_failure(checkpoint, monkeypatch)
     vlm, asked = TinyOnevision.load(checkpoint), []
     original = FocusLmms._answer
 
-    def without_media(self, method, run, context, generation, to_visual, *rest):
+    def without_media(self, run, context, generation, to_visual, *rest):
         asked.append(1)
         media = (lambda doc: []) if len(asked) == 1 else to_visual
-        return original(self, method, run, context, generation, media, *rest)
+        return original(self, run, context, generation, media, *rest)
 
     monkeypatch.setattr(FocusLmms, "_answer", without_media)
     result = evaluate(vlm, Dense(), DATASETS["tinyvideo_motion"], limit=3)

@@ -23,8 +23,10 @@ def common(tmp_path_factory):
 def test_a_grid_has_a_row_a_setting_the_sparsest_first(common, tmp_path):
     grid = {"cost": ["0.7", "0.4"], "ratio_lower_bound": ["0.1"]}
     table = grid_search("framefusion", grid, TASKS, common, tmp_path, workers=2)
-    assert list(table["cost"]) == ["0.4", "0.7"]  # FrameFusion's sparsity is its budget
-    assert list(table["Computation sparsity"]) == pytest.approx([60, 30])
+    assert list(table["cost"]) == ["0.4", "0.7"]
+    # FrameFusion's budget is a share of tokens; what is counted is more, since attention is quadratic
+    for counted, budget in zip(table["Computation sparsity"], (60, 30), strict=True):
+        assert budget < counted < budget + 7
     assert not table["Difference"].isna().any()
     assert best_row(table, tolerance=200)["cost"] == "0.4"
 

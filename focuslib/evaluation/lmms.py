@@ -112,7 +112,7 @@ class FocusLmms(lmms):
                 key = digest([*asked, task, split, doc_id, context, generation])
                 entry = self.journal.entries.get(key) if self.journal else None
                 if entry is None:
-                    entry = self._answer(method, run, *request.args)
+                    entry = self._answer(run, *request.args)
                     if self.journal and ("error" not in entry or "final" in entry):
                         self.journal.add(key, entry)
                 self.records[task, doc_id] = entry
@@ -120,8 +120,7 @@ class FocusLmms(lmms):
                 bar.update()
         return answers
 
-    def _answer(self, method: Method, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str,
-                split: str) -> dict:  # fmt: skip
+    def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
         """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
             with readable_images(f"{task} {doc_id}"):
@@ -148,7 +147,7 @@ class FocusLmms(lmms):
             answer = answer.split(stop)[0]
         if self.save_trace is not None:
             self.save_trace(task, doc_id, run)
-        entry = {"answer": answer, "seconds": seconds, **summary(method, run.last)}
+        entry = {"answer": answer, "seconds": seconds, **summary(run.method, run.last)}
         run.prefills.clear()
         return entry
 
@@ -192,7 +191,7 @@ def one_line(error: BaseException) -> str:
     return what if isinstance(error, (UserError, SystemExit)) else f"{type(error).__name__}: {what}"
 
 
-def summary(method: Method, record: PrefillRecord) -> dict[str, Any]:
+def summary(method: Any, record: PrefillRecord) -> dict[str, Any]:
     """The numbers of one prefill that go into results: plain values only."""
     grid, counts = record.grid, record.counts
     numbers = {
