@@ -16,6 +16,8 @@ from PIL import Image
 from focuslib.errors import UserError
 from focuslib.explore.recorder import NEVER, Cancelled, Recorder, Recording, SiteView, trace_recording
 from focuslib.grid import VisualGrid
+from focuslib.hardware.energy import energy
+from focuslib.hardware.samples import record_cost
 from focuslib.methods import Dense, Focus, Method
 from focuslib.models.base import VLM, Media
 from focuslib.models.layout import TokenLayout, rows_layout
@@ -257,7 +259,7 @@ def run_view(
     answers[method.name], seen, record, sparsity = run(method, 0.5, 0.98)
     recording = seen.recording()
     dense = dense_operations(record.shape, record.grid.length)
-    notes = []
+    notes = estimates(method, record)
     if not recording.applied:
         notes.append(
             f"{method.name} does not use these similarities: they are measured beside it, with vectors of "
@@ -276,6 +278,16 @@ def run_view(
         links=method.links(record),
         notes=notes,
     )
+
+
+def estimates(method: Method, record: PrefillRecord) -> list[str]:
+    """A line on what the prefill's visual tokens would take on the method's accelerator (hardware); none if unknown."""
+    try:
+        cost, design = record_cost(method.name, record)
+    except UserError:
+        return []
+    millijoules = energy(cost, design).total
+    return [f"Estimated on the {design.name} accelerator: {1000 * cost.seconds:.3g} ms, {millijoules:.3g} mJ."]
 
 
 class _Steps:
