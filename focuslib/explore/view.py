@@ -16,8 +16,6 @@ from PIL import Image
 from focuslib.errors import UserError
 from focuslib.explore.recorder import NEVER, Cancelled, Recorder, Recording, SiteView, trace_recording
 from focuslib.grid import VisualGrid
-from focuslib.hardware.energy import energy
-from focuslib.hardware.samples import record_cost
 from focuslib.methods import Dense, Focus, Method
 from focuslib.models.base import VLM, Media
 from focuslib.models.layout import TokenLayout, rows_layout
@@ -283,8 +281,13 @@ def run_view(
 def estimates(method: Method, record: PrefillRecord) -> list[str]:
     """A line on what the prefill's visual tokens would take on the method's accelerator (hardware); none if unknown."""
     try:
+        from focuslib.hardware.energy import (
+            energy,  # the hardware's tables need pandas, which recording a view does not
+        )
+        from focuslib.hardware.samples import record_cost
+
         cost, design = record_cost(method.name, record)
-    except UserError:
+    except (ModuleNotFoundError, UserError):
         return []
     millijoules = energy(cost, design).total
     return [f"Estimated on the {design.name} accelerator: {1000 * cost.seconds:.3g} ms, {millijoules:.3g} mJ."]
