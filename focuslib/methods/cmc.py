@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from focuslib.errors import UserError
-from focuslib.kernels.motion import ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.errors import InputError, UserError
+from focuslib.kernels.motion import INFORMATIVE, ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
 from focuslib.methods.base import Method
 from focuslib.methods.frames import require_frames
 from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
@@ -65,12 +65,17 @@ class Cmc(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
+        if self.simplified and any(len(set(frames)) > 1 for frames in prefill.grid.media):
+            raise InputError("method cmc: simplified compares tokens of one place; the frames here differ in size")
         prefill.state |= {"query": [], "score": [], "scored": []}
+        prefill.state["frame"] = prefill.grid.frame_of().to(embeds.device)
         prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
         x = x.clone()
-        compensate(x[prefill.visual], prefill.state["linear"])
+        visual = x[prefill.visual]
+        compensate(visual, prefill.state["linear"])
+        prefill.write(x, visual)
         return x
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -110,9 +115,9 @@ class Cmc(Method):
 
     def links(self, record: PrefillRecord) -> Links:
         match, itself = record.details["linear_match"].numpy(), np.arange(record.grid.length)
-        size = record.grid.tokens_per_frame
-        in_i_frame = (itself // size) % self.interval == self.i_frame
-        kind = np.select([match < 0, in_i_frame, match % size == itself % size], [0, 1, 2], 3)
+        in_i_frame = record.grid.frame_of().numpy() % self.interval == self.i_frame
+        places = record.grid.places().numpy()
+        kind = np.select([match < 0, in_i_frame, places[match] == places], [0, 1, 2], 3)
         alone = "computed itself"
         if (match == ZEROED).any():
             alone = "computed itself, or zeroed in a last interval without an I-frame"
@@ -125,15 +130,24 @@ class Cmc(Method):
         visual = rows[prefill.visual]
         match = self._matches(prefill, visual, threshold)
         compensate(visual, match)
+        prefill.write(rows, visual)
         return self._share(prefill, match)
 
     def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
         search = same_position if self.simplified else motion_search
-        frame = prefill.grid.tokens_per_frame
-        return frame_matches(
-            visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
-            zero_tail=self.tail == "published",
-        )  # fmt: skip
+        matches, first = [], 0
+        for frames in prefill.grid.media:
+            medium = visual[first : first + sum(frames)]
+            if len(frames) == 1:  # an image has nothing to be compensated from
+                match = torch.full((len(medium),), INFORMATIVE, device=visual.device)
+            else:
+                match = frame_matches(
+                    medium, frames, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
+                    zero_tail=self.tail == "published",
+                )  # fmt: skip
+            matches.append(torch.where(match >= 0, match + first, match) if first else match)
+            first += len(medium)
+        return torch.cat(matches)
 
     def _share(self, prefill: Prefill, match: Tensor) -> float:
-        return replaced_share(match, prefill.grid.tokens_per_frame, interval=self.interval, i_frame=self.i_frame)
+        return replaced_share(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)

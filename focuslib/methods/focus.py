@@ -1,5 +1,6 @@
 """Focus: prompt-guided token pruning (SEC) and similarity concentration before every GEMM (SIC). HPCA 2026."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.semantic import most_important, prompt_importance, tokens_to_keep
 from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, candidate_rows, concentrate, num_vectors
 from focuslib.methods.base import Method
@@ -72,7 +73,7 @@ class Focus(Method):
             raise UserError(
                 f"method focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}"
             )
-        candidates = len(prefill.grid.block_offsets(self.frame_block, self.block))
+        candidates = math.prod(prefill.grid.block_sides(self.frame_block, self.block)) - 1
         if candidates > MAX_CANDIDATES:
             size = f"{self.frame_block}x{self.block}x{self.block}"
             raise UserError(
@@ -88,8 +89,9 @@ class Focus(Method):
             return x
         if x.requires_grad:
             x = x.clone()  # autograd may need what it was computed from
+        visual = x[prefill.visual]
         merged = concentrate(
-            x[prefill.visual],
+            visual,
             prefill.present,
             prefill.grid,
             threshold=self.similarity_threshold,
@@ -101,6 +103,7 @@ class Focus(Method):
             rows=self._rows(prefill),
             overwrite=True,
         )
+        prefill.write(x, visual)
         prefill.record_site(layer, site, merged.codes, geometry)
         return x
 
@@ -112,7 +115,7 @@ class Focus(Method):
             prefill.state["rows"] = prefill.present, rows
         return rows
 
-    def geometry(self, grid: VisualGrid) -> BlockGeometry:
+    def geometry(self, grid: Grid) -> BlockGeometry:
         """The block of candidates, and the pointer-doubling steps: the published bound, or enough to reach any root."""
         doublings = grid.length.bit_length() if self.full_resolution else grid.num_frames
         return BlockGeometry(self.frame_block, self.block, doublings)
@@ -122,10 +125,8 @@ class Focus(Method):
         rows = self.at_site(prefill, layer, "query", queries.transpose(0, 1).reshape(tokens, heads * width))
         queries = rows.view(tokens, heads, width).transpose(0, 1)
         if layer in self.selected_layers:
-            visual = prefill.visual
-            prefill.state["importance"] = prompt_importance(
-                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
-            )
+            before = prompt_importance(queries, keys, 0, prefill.question, scaling, prefill.mask)
+            prefill.state["importance"] = before[prefill.visual]
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,10 +135,7 @@ class Focus(Method):
         alpha = self.retention[self.selected_layers.index(layer)]
         importance = prefill.state.pop("importance")
         keep = tokens_to_keep(prefill.grid.length, alpha, len(prefill.present))
-        visual = prefill.visual
-        rows = torch.arange(len(hidden), device=hidden.device)
-        kept = most_important(importance, keep) + visual.start
-        return hidden, torch.cat([rows[: visual.start], kept, rows[visual.stop :]])
+        return hidden, prefill.keep(most_important(importance, keep))
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
         left = concentrated_operations(record.shape, record.counts, sec_only=self.sec_only)
