@@ -19,6 +19,7 @@ from focuslib.experiments.paper import plan
 from focuslib.experiments.params import EXPERIMENTS, Count
 from focuslib.models import MODELS
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
+from focuslib.models.registry import adapter_of, named
 from focuslib.paths import params_folder, read_yaml
 from focuslib.validation import Strict, validate
 
@@ -73,13 +74,13 @@ def check_profile(profile: str) -> list[Pair]:
 
 def weights(model: str, checkpoint: str | None = None) -> str:
     """Whether a model's checkpoint is whole and of its family; reads headers only."""
-    adapter = MODELS[model]
+    adapter = adapter_of(model)
     try:
         folder = resolve_folder(checkpoint or adapter.checkpoint)
         check_shards(folder)
         adapter.architecture(folder, read_json(folder / "config.json"))
     except UserError as error:
-        line, command = str(error), f"hf download {adapter.checkpoint}"
+        line, command = str(error), f"hf download {checkpoint or adapter.checkpoint}"
         return line if checkpoint or command in line else f"{line}: {command}"
     return "there"
 
@@ -116,8 +117,9 @@ def device(name: str) -> str:
 
 def fetch(name: str) -> str:
     """Download a model's checkpoint or a data set with its videos, as the run reads them; returns what is there now."""
-    if name in MODELS:
-        return f"{name}: {resolve_folder(MODELS[name].checkpoint, download=True)}"
+    if name in MODELS or "/" in name:  # a checkpoint by its hub id
+        model, checkpoint = named(name)
+        return f"{model}: {resolve_folder(checkpoint or MODELS[name].checkpoint, download=True)}"
     dataset = pick(DATASETS, name, "model or data set")
     from focuslib.evaluation.lmms import load_tasks
 
