@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import CHECKPOINTS, VIDEO_FAMILIES, Asks, Replay, write_checkpoint
+from tiny_families import CHECKPOINTS, VIDEO_FAMILIES, Asks, Replay
 from tiny_models import clip, module_state
 
 import focuslib
@@ -39,21 +39,6 @@ class Watched(Focus):
 
     def end(self, prefill: Prefill) -> None:
         self.left["rows"] = prefill.kept
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Family → its checkpoint, made when it is asked for."""
-    folder, made = tmp_path_factory.mktemp("families"), {}
-
-    def checkpoint(name: str):
-        if name == "smolvlm":
-            pytest.importorskip("num2words")
-        if name not in made:
-            made[name] = write_checkpoint(name, folder / name)
-        return made[name]
-
-    return checkpoint
 
 
 def loaded(folder, attention: str = "sdpa"):
@@ -99,8 +84,8 @@ def decoding_error(vlm, inputs, layers, retention) -> float:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.inference_mode()
-def test_a_family_is_computed_exactly(checkpoints, name, attention):
-    vlm = loaded(checkpoints(name), attention)
+def test_a_family_is_computed_exactly(family_checkpoint, name, attention):
+    vlm = loaded(family_checkpoint(name), attention)
     inputs = vlm.prepare(media_of(name), "What moves?")
     decoder, plain = find_decoder(vlm.model), vlm.prefill(inputs)
     before = module_state(decoder)
@@ -116,8 +101,8 @@ def test_a_family_is_computed_exactly(checkpoints, name, attention):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.inference_mode()
-def test_every_method_runs_and_keeps_all_text(checkpoints, name):
-    vlm = loaded(checkpoints(name))
+def test_every_method_runs_and_keeps_all_text(family_checkpoint, name):
+    vlm = loaded(family_checkpoint(name))
     inputs = vlm.prepare(media_of(name), "What moves?")
     text = ~torch.isin(torch.arange(inputs.tensors["input_ids"].shape[1]), inputs.grid.rows())
     for method in METHODS:
@@ -142,8 +127,8 @@ GRIDS = {  # frames, rows and columns of six frames of 32 × 32 pixels, and thei
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_grid_of_a_video(checkpoints, name):
-    vlm = loaded(checkpoints(name))
+def test_the_grid_of_a_video(family_checkpoint, name):
+    vlm = loaded(family_checkpoint(name))
     inputs = vlm.prepare(video(), "What moves?")
     grid, (shape, runs) = inputs.grid, GRIDS[name]
     assert isinstance(grid, VisualGrid)
@@ -160,8 +145,8 @@ IMAGES = {  # tokens of a picture twice as wide as high: the media's rows and co
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_grid_of_an_image(checkpoints, name):
-    grid = loaded(checkpoints(name)).prepare(picture(96, 48), "What is it?").grid
+def test_the_grid_of_an_image(family_checkpoint, name):
+    grid = loaded(family_checkpoint(name)).prepare(picture(96, 48), "What is it?").grid
     assert grid.one_picture
     if isinstance(grid, VisualGrid):
         assert [(grid.height, grid.width)] == IMAGES[name]
@@ -175,8 +160,8 @@ def test_the_grid_of_an_image(checkpoints, name):
         )
 
 
-def test_frames_that_were_compressed_are_unequal(checkpoints):
-    vlm = loaded(checkpoints("video_llama_3"))
+def test_frames_that_were_compressed_are_unequal(family_checkpoint):
+    vlm = loaded(family_checkpoint("video_llama_3"))
     still = np.repeat(video(1), 4, 0)
     still[2, :16, :16] = 255 - still[2, :16, :16]
     grid = vlm.prepare(still, "What moves?").grid
@@ -188,14 +173,14 @@ def test_frames_that_were_compressed_are_unequal(checkpoints):
             vlm.prefill(vlm.prepare(still, "What moves?"))
 
 
-def test_timestamps_are_the_frames_own_times(checkpoints):
+def test_timestamps_are_the_frames_own_times(family_checkpoint):
     frames = video(4)
-    vlm = loaded(checkpoints("qwen3_vl"))
+    vlm = loaded(family_checkpoint("qwen3_vl"))
     inputs = vlm.prepare(Clip(frames, (0.0, 1.0, 9.0, 12.0), 14.0), "When?")
     text = vlm.tokenizer.decode(inputs.tensors["input_ids"][0])
     assert text.count(" seconds>") == 2
     assert "<0.5 seconds>" in text and "<10.5 seconds>" in text
-    slow = loaded(checkpoints("qwen2_5_vl")).prepare(Clip(frames, (0.0, 2.0, 4.0, 6.0), 8.0), "When?")
+    slow = loaded(family_checkpoint("qwen2_5_vl")).prepare(Clip(frames, (0.0, 2.0, 4.0, 6.0), 8.0), "When?")
     assert slow.tensors["second_per_grid_ts"].tolist() == [4.0]
 
 
@@ -204,8 +189,8 @@ MANY = ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_next_video", "video_llama_3
 
 @pytest.mark.parametrize("name", MANY)
 @torch.inference_mode()
-def test_two_videos_and_three_images_keep_to_themselves(checkpoints, name):
-    vlm = loaded(checkpoints(name))
+def test_two_videos_and_three_images_keep_to_themselves(family_checkpoint, name):
+    vlm = loaded(family_checkpoint(name))
     media = [video(), picture(), video(seed=1), picture(seed=2), picture(48, 48, 3)]
     inputs = vlm.prepare(media, "<video> then <image> and <video>, <image>, <image>: what moves?")
     grid = inputs.grid
@@ -232,8 +217,8 @@ def test_two_videos_and_three_images_keep_to_themselves(checkpoints, name):
     assert not torch.isin(inputs.tensors["input_ids"][0, prefill.question :], torch.tensor(vlm.placeholder_ids)).any()
 
 
-def test_media_and_text_in_any_order(checkpoints):
-    vlm = loaded(checkpoints("qwen3_vl"))
+def test_media_and_text_in_any_order(family_checkpoint):
+    vlm = loaded(family_checkpoint("qwen3_vl"))
     one, other = picture(), video()
 
     def text_of(media, prompt):
@@ -257,16 +242,16 @@ def test_media_and_text_in_any_order(checkpoints):
     assert vlm.prepare(None, "Hello").grid is None
 
 
-def test_what_a_family_cannot_take_is_refused(checkpoints):
+def test_what_a_family_cannot_take_is_refused(family_checkpoint):
     with pytest.raises(InputError, match="mistral3 takes no videos; give images"):
-        loaded(checkpoints("mistral3")).prepare(video(), "What moves?")
+        loaded(family_checkpoint("mistral3")).prepare(video(), "What moves?")
     with pytest.raises(InputError, match="smolvlm takes images or videos, not both in one prompt"):
-        loaded(checkpoints("smolvlm")).prepare([video(), picture()], "What moves?")
+        loaded(family_checkpoint("smolvlm")).prepare([video(), picture()], "What moves?")
 
 
-def test_the_answer_is_the_stock_models_own(checkpoints):
+def test_the_answer_is_the_stock_models_own(family_checkpoint):
     """What the adapter hands over is what the family's own processor and generate make of the same prompt."""
-    vlm = loaded(checkpoints("internvl"))
+    vlm = loaded(family_checkpoint("internvl"))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = vlm.processor.apply_chat_template(messages, add_generation_prompt=True)
     ready = vlm.processor(text=text, images=picture(), return_tensors="pt")
@@ -286,7 +271,7 @@ def test_a_checkpoint_with_code_of_its_own_is_refused(tmp_path):
         load_vlm("hf")
 
 
-def test_names_of_checkpoints(checkpoints, tmp_path):
+def test_names_of_checkpoints(family_checkpoint, tmp_path):
     assert named("llava_vid", None) == ("llava_vid", None)
     assert named("hf", "Qwen/Qwen3-VL-8B-Instruct") == ("Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
     assert named("Qwen/Qwen3-VL-8B-Instruct")[0] == "Qwen3-VL-8B-Instruct"
@@ -295,7 +280,7 @@ def test_names_of_checkpoints(checkpoints, tmp_path):
     assert named("hf", "/somewhere/qwen2_5_vl/")[0] == "hf-qwen2_5_vl"  # no adapter's name
     with pytest.raises(UserError, match="unknown model 'llava_vidd'; did you mean llava_vid"):
         named("llava_vidd")
-    folder = checkpoints("qwen2_5_vl")
+    folder = family_checkpoint("qwen2_5_vl")
     vlm = focuslib.load(str(folder), device="cpu", frames=5, fps=1.5)
     assert (vlm.name, vlm.sampling.max_frames, vlm.sampling.per_second) == ("hf-qwen2_5_vl", 5, 1.5)
     assert vlm.identity()[-1] == str(vlm.sampling) != str(HfVLM.default_sampling)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_families import write_checkpoint
 from tiny_models import clip
 
 from focuslib.evaluation.datasets import DATASETS
@@ -23,16 +22,9 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return lambda name: write_checkpoint(name, tmp_path_factory.mktemp(name) / name)
-
-
 @pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "smolvlm"])
-def test_every_method_answers_every_question(checkpoint, name, tmp_path):
-    if name == "smolvlm":
-        pytest.importorskip("num2words")
-    vlm, dataset = load(checkpoint(name), device="cpu", frames=6), DATASETS["tinyvideo_motion"]
+def test_every_method_answers_every_question(family_checkpoint, name, tmp_path):
+    vlm, dataset = load(family_checkpoint(name), device="cpu", frames=6), DATASETS["tinyvideo_motion"]
     dataset.prepare()
     for method in METHODS:
         traces = []
@@ -59,11 +51,11 @@ class Request:
         self.args = ("<image> or <image>?", {"max_new_tokens": 2}, lambda doc: doc, number, "task", "test")
 
 
-def test_questions_about_several_images(checkpoint):
+def test_questions_about_several_images(family_checkpoint):
     images = [Image.fromarray(clip(1, seed)[0]) for seed in range(2)]
     docs = [images, [images[0]], [], [clip(4), images[0]]]
     for name, answered in (("qwen3_vl", [0, 1, 3]), ("mistral3", [0, 1])):
-        model = FocusLmms(load(checkpoint(name), device="cpu"), METHODS[1])
+        model = FocusLmms(load(family_checkpoint(name), device="cpu"), METHODS[1])
         model.task_dict = {"task": {"test": docs}}
         assert len(model.generate_until([Request(number) for number in range(len(docs))])) == len(docs)
         entries = [model.records["task", number] for number in range(len(docs))]

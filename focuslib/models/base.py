@@ -19,7 +19,7 @@ from focuslib.errors import UserError
 from focuslib.grid import Grid
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
 from focuslib.models.fingerprint import fingerprint
-from focuslib.models.layout import TokenLayout, rows_layout
+from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import Clip, FrameSampling, is_image_file, read_clip, read_image, to_rgb
 from focuslib.models.quantize import int8_config
 from focuslib.prefill.handover import handed_over
@@ -45,10 +45,14 @@ class Inputs:
         Keyword arguments of the model's forward or generate.
     grid
         Where its visual tokens sit; None: no media.
+    shown
+        For each medium of the grid, the number of the prompt's image or video that it shows, where they are several: a
+        picture's tiles and its thumbnail are two media of the grid.
     """
 
     tensors: dict[str, Tensor]
     grid: Grid | None
+    shown: tuple[int, ...] = (0,)
 
 
 class VLM:
@@ -168,7 +172,13 @@ class VLM:
 
     def layout(self, grid: Grid, size: tuple[int, int]) -> TokenLayout:
         """Where the visual tokens of media of `size` (height, width) lie in its pictures, for drawing."""
-        return rows_layout(grid)
+        return grid_layout(grid)
+
+    def drawing(self, media: Any, inputs: Inputs) -> tuple[np.ndarray, TokenLayout]:
+        """The pictures that a prompt's visual tokens stand for, [F, H, W, 3] uint8, and where they lie in them."""
+        assert inputs.grid is not None
+        frames = self.frames(media)
+        return frames, self.layout(inputs.grid, frames.shape[1:3])
 
     def open(self, media: Media) -> Image.Image | np.ndarray:
         """An RGB image, or the sampled frames of a video [F, H, W, 3] uint8."""

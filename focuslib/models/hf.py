@@ -26,8 +26,10 @@ from transformers import (
 from transformers.video_utils import VideoMetadata
 
 from focuslib.errors import InputError, UserError
+from focuslib.grid import Grid
 from focuslib.models.base import VLM, Inputs, Media, Prompt
 from focuslib.models.checkpoint import Architecture, read_json, resolve_folder
+from focuslib.models.layout import TokenLayout, fitted, grid_layout
 from focuslib.models.media import Clip, FrameSampling
 from focuslib.models.placeholders import Shown, grid_of, runs_of
 from focuslib.prefill.decoder import find_decoder
@@ -111,8 +113,19 @@ class HfVLM(VLM):
         parts = [part if part["type"] == "text" else {"type": next(numbers)} for part in parts]
         ready = self._process(parts, opened)
         offsets = ready.pop("text_replacement_offsets", None)
-        grid = self._grid(ready, offsets[0] if offsets else None, opened) if opened else None
-        return Inputs({name: self._to_model(value) for name, value in ready.items()}, grid)
+        tensors = {name: self._to_model(value) for name, value in ready.items()}
+        return Inputs(tensors, *(self._grid(ready, offsets[0] if offsets else None, opened) if opened else (None,)))
+
+    def drawing(self, media: Media | Sequence[Media], inputs: Inputs) -> tuple[np.ndarray, TokenLayout]:
+        """Each frame of the grid on the first of the video's frames that it stands for."""
+        assert inputs.grid is not None
+        opened = [self.clip(medium) for medium in media_list(media)]
+        pictures: list[np.ndarray] = []
+        for owner, frames in zip(inputs.shown, inputs.grid.media, strict=True):
+            medium = opened[owner]
+            seen = medium.frames if isinstance(medium, Clip) else np.asarray(medium)[None]
+            pictures += [seen[frame * len(seen) // len(frames)] for frame in range(len(frames))]
+        return fitted(pictures, grid_layout(inputs.grid))
 
     def _check_kinds(self, kinds: list[str]) -> None:
         processors: dict[str, Any] = {
@@ -153,8 +166,10 @@ class HfVLM(VLM):
             why = " ".join(str(error).split())
             raise InputError(f"{self.name}: its processor refuses the prompt: {why}") from error
 
-    def _grid(self, ready: Mapping[str, Any], offsets: list[dict[str, Any]] | None, opened: list[Image.Image | Clip]):
-        """The grid of a processed prompt."""
+    def _grid(
+        self, ready: Mapping[str, Any], offsets: list[dict[str, Any]] | None, opened: list[Image.Image | Clip]
+    ) -> tuple[Grid, tuple[int, ...]]:
+        """The grid of a processed prompt (see placeholders.grid_of)."""
         rows = torch.isin(ready["input_ids"][0], torch.tensor(self.placeholder_ids)).nonzero().flatten()
         if offsets is None:  # a processor that does not say what it wrote
             texts, counts = [""] * len(opened), [len(rows) // len(opened)] * len(opened)

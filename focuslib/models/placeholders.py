@@ -45,26 +45,28 @@ def runs_of(rows: Tensor) -> tuple[Run, ...]:
     return tuple((int(piece[0]), len(piece)) for piece in pieces)
 
 
-def grid_of(shown: list[Shown], ready: Mapping[str, Any], processor: Any, config: Any) -> Grid:
-    """The grid of a prompt's media, in the order of the sequence.
+def grid_of(shown: list[Shown], ready: Mapping[str, Any], processor: Any, config: Any) -> tuple[Grid, tuple[int, ...]]:
+    """The grid of a prompt's media, in the order of the sequence, and which of them each medium of the grid shows.
 
     ready: what the processor returned. A picture and its thumbnail, or its tiles where nobody says how they lie, are
     media of their own: their tokens are no neighbours. One medium of equal frames gives a VisualGrid.
     """
     parts: list[Places] = []
-    for medium in shown:
+    owners: list[int] = []
+    for number, medium in enumerate(shown):
         if medium.frames:
             parts += video_places(medium, ready, processor)
         else:
             parts += image_places(medium, ready, processor, config)
+        owners += [number] * (len(parts) - len(owners))
     runs = tuple(run for medium in shown for run in medium.runs)
     if len(parts) == 1:
         frames, rows, columns = (int(count) + 1 for count in parts[0].amax(0))
         if torch.equal(parts[0], box(frames, rows, columns)):
             start, length, plane = runs[0][0], len(parts[0]), rows * columns
-            return VisualGrid(start, length, frames, rows, columns, plane, columns, runs=runs)
+            return VisualGrid(start, length, frames, rows, columns, plane, columns, runs=runs), (0,)
     coordinates = [(number, *place) for number, places in enumerate(parts) for place in places.tolist()]
-    return CoordinateGrid(runs, tuple(coordinates))
+    return CoordinateGrid(runs, tuple(coordinates)), tuple(owners)
 
 
 def video_places(medium: Shown, ready: Mapping[str, Any], processor: Any) -> list[Places]:
