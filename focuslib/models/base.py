@@ -166,8 +166,11 @@ class VLM:
         """The dtype of the embeddings."""
         return self.model.get_input_embeddings().weight.dtype
 
-    def prepare(self, media: Media | None, prompt: str) -> Inputs:
-        """Inputs for one prompt about one video or image."""
+    def prepare(self, media: Any, prompt: Any) -> Inputs:
+        """Inputs for one prompt (a text) about one video or image (Media) or none.
+
+        Where `several_media`: also about a list of them, and the prompt may be chat content (Prompt).
+        """
         raise NotImplementedError
 
     def layout(self, grid: Grid, size: tuple[int, int]) -> TokenLayout:

@@ -114,7 +114,9 @@ class HfVLM(VLM):
         ready = self._process(parts, opened)
         offsets = ready.pop("text_replacement_offsets", None)
         tensors = {name: self._to_model(value) for name, value in ready.items()}
-        return Inputs(tensors, *(self._grid(ready, offsets[0] if offsets else None, opened) if opened else (None,)))
+        if not opened:
+            return Inputs(tensors, None)
+        return Inputs(tensors, *self._grid(ready, offsets[0] if offsets else None, opened))
 
     def drawing(self, media: Media | Sequence[Media], inputs: Inputs) -> tuple[np.ndarray, TokenLayout]:
         """Each frame of the grid on the first of the video's frames that it stands for."""

@@ -78,7 +78,8 @@ def fitted(pictures: list[np.ndarray], layout: TokenLayout) -> tuple[np.ndarray,
         rows, columns = (max(1, round(side * scale)) for side in picture.shape[:2])
         top, left = (height - rows) // 2, (width - columns) // 2
         image = Image.fromarray(picture)
-        sheets[number, top : top + rows, left : left + columns] = image.resize((columns, rows)) if scale != 1 else image
+        drawn = picture if scale == 1 else np.asarray(image.resize((columns, rows)))
+        sheets[number, top : top + rows, left : left + columns] = drawn
         own, sides = layout.frame == number, np.array([columns / width, rows / height])
         box[own] *= np.tile(sides, 2).astype(np.float32)
         box[own, :2] += np.array([left / width, top / height], np.float32)
