@@ -1,6 +1,7 @@
 """Today's families by the generic adapter: real processors, tiny random models; exact, and rightly concentrated."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,3 +288,21 @@ def test_names_of_checkpoints(family_checkpoint, tmp_path):
     assert isinstance(focuslib.load("tiny_onevision", device="cpu"), TinyOnevision)
     with pytest.raises(UserError, match="fps is 0; it must be above 0"):
         focuslib.load(str(folder), device="cpu", fps=0)
+
+
+def test_the_page_on_models_of_your_own_runs(family_checkpoint):
+    page = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text(encoding="utf-8")
+    code = page[page.rindex("```python") :].removeprefix("```python").split("```")[0]
+    assert len(code.strip().splitlines()) <= 40
+    names = {}
+    exec(code, names)
+    vlm = names["MyVLM"].load(family_checkpoint("internvl"))
+    inputs = vlm.prepare(video(12), "What moves?")
+    assert len(inputs.grid.spans) == inputs.grid.num_frames == 12
+    with torch.inference_mode():
+        plain = vlm.prefill(inputs)
+        with Dense()(vlm):
+            assert torch.equal(vlm.prefill(inputs), plain)
+    for method in METHODS:
+        with method(vlm):
+            vlm.generate(video(4), "What moves?", 2)

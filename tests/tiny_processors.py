@@ -6,6 +6,8 @@ from typing import Any
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models
 
+import focuslib  # noqa: F401  before any class of transformers that imports torchvision
+
 VOCABULARY = 192
 _TURN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type == 'image' %}IMAGE"

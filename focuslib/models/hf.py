@@ -67,6 +67,17 @@ class HfVLM(VLM):
         return vlm
 
     @classmethod
+    def without_weights(cls, pretrained: str | Path, **sampling: Any) -> HfVLM:
+        """A checkpoint as far as its files but the weights say it: for prompts and grids. sampling: frames, fps."""
+        folder = resolve_folder(pretrained)
+        architecture, processor = cls.architecture(folder, read_json(folder / "config.json")), load_processor(folder)
+        with torch.device("meta"):
+            model = architecture.model_class(architecture.config)
+        vlm = cls(model, processor.tokenizer, cls.default_sampling.changed(**sampling))
+        vlm.name, vlm.processor = label_of(pretrained), processor
+        return vlm
+
+    @classmethod
     def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:
         family = raw.get("model_type")
         if family not in CONFIG_MAPPING:

@@ -26,22 +26,19 @@ def named(model: str, checkpoint: str | None = None) -> tuple[str, str | None]:
     """What cells and tables call a model, and its checkpoint; None: the published one of its adapter.
 
     model: an adapter's name; a checkpoint for the adapter hf, as a hub id or a folder (there is a slash in it); or any
-    name for one that is given beside it. A checkpoint of hf is called by its short name.
+    name for one that is given beside it. A checkpoint of hf is called by its short name, the last part of such a path.
 
     Raises UserError for a name that is none of these.
     """
-    if model == HfVLM.name:
-        if not checkpoint:
-            raise UserError(f"{model}: name a checkpoint, a folder or hub id such as Qwen/Qwen3-VL-8B-Instruct")
-        label = label_of(checkpoint)
-        return (f"{HfVLM.name}-{label}" if label in MODELS else label), checkpoint
-    if model in MODELS:
+    if model in MODELS and model != HfVLM.name:
         return model, checkpoint
-    if "/" in model and not checkpoint:
-        return named(HfVLM.name, model)
-    if not checkpoint or "/" in model:
+    called = checkpoint if model == HfVLM.name else model
+    if not called:
+        raise UserError(f"{model}: name a checkpoint, a folder or hub id such as Qwen/Qwen3-VL-8B-Instruct")
+    if not checkpoint and "/" not in model:
         pick(MODELS, model, "model")
-    return model, checkpoint
+    label = label_of(called)
+    return (f"{HfVLM.name}-{label}" if label in MODELS else label), checkpoint or model
 
 
 def adapter_of(model: str) -> type[VLM]:
