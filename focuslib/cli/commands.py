@@ -16,7 +16,7 @@ from typer import Argument, Option
 import focuslib
 from focuslib.cli import options as of
 from focuslib.cli.group import Commands, UsageError
-from focuslib.errors import UserError, pick
+from focuslib.errors import UserError
 from focuslib.paths import params_folder
 
 _ONE, _ALL, _HARDWARE = "Score a method", "The paper's experiments", "Hardware"  # panels of `focus --help`
@@ -57,6 +57,8 @@ def run(
     task: of.Task,
     model: of.Model = "tiny_onevision",
     checkpoint: of.Checkpoint = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
     device: of.Device = "cpu",
     dtype: of.Dtype = "auto",
     method: of.Method = "focus",
@@ -86,7 +88,7 @@ def run(
     cells = [
         make_cell(
             kind, model=model, checkpoint=checkpoint, dataset=task, method=method, settings=chosen, limit=limit,
-            device=device, dtype=dtype, seed=seed,
+            device=device, dtype=dtype, seed=seed, frames=frames, fps=fps,
         )
         for kind in (["accuracy", "trace"] if trace_dir else ["accuracy"])
     ]  # fmt: skip
@@ -109,6 +111,8 @@ def tune(
     task: of.Tasks,
     model: of.Model = "tiny_onevision",
     checkpoint: of.Checkpoint = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
     device: of.Device = "cpu",
     dtype: of.Dtype = "auto",
     method: of.Method = "focus",
@@ -140,6 +144,7 @@ def tune(
 
     common = {
         "model": model, "checkpoint": checkpoint, "limit": limit, "device": device, "dtype": dtype, "seed": seed,
+        "frames": frames, "fps": fps,
     }  # fmt: skip
     if grid:
         if settings:
@@ -196,14 +201,14 @@ def lmms_eval(context: typer.Context) -> int:
     from lmms_eval.cli.dispatch import main as stock
 
     from focuslib.methods.settings import typed_settings
-    from focuslib.models import MODELS
+    from focuslib.models.registry import named
 
     # lmms-eval reports a mistake in these with a traceback and exit status 0
     pairs = [pair.partition("=") for pair in _value(context.args, "--model_args").split(",") if pair]
     given = {name: value for name, _, value in pairs}
     if _value(context.args, "--model") == "focuslib":
-        pick(MODELS, given.pop("model", "tiny_onevision"), "model")
-        own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size")
+        named(given.pop("model", "tiny_onevision"), given.get("pretrained"))
+        own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size", "frames", "fps")
         settings = {name: value for name, value in given.items() if name not in (*own, "method")}
         typed_settings(given.get("method", "dense"), settings)
     sys.argv = ["lmms-eval", *context.args]
@@ -320,7 +325,10 @@ def measure(
     clip: Annotated[
         Path | None, Option(help="A video or an image; a shape makes up its own, of --frames frames.")
     ] = None,
-    frames: Annotated[int, Option(min=1, help="Frames of the made-up clip.")] = 16,
+    frames: Annotated[
+        int | None, Option(min=1, help="The most frames of a video; of a shape's made-up clip, 16 by default.")
+    ] = None,
+    fps: of.Fps = None,
     layers: Annotated[int | None, Option(min=1, help="Layers of a shape.")] = None,
     repeats: Annotated[int, Option(min=1, help="Turns of every method.")] = 5,
     device: of.Device = "cpu",
@@ -333,10 +341,11 @@ def measure(
     """
     from focuslib.evaluation.speed import explain, load_measured, measure_speed, methods_for
 
-    vlm = load_measured(model, checkpoint=checkpoint, layers=layers, device=device, dtype=dtype)
+    sampling = {"frames": frames, "fps": fps}
+    vlm = load_measured(model, checkpoint=checkpoint, layers=layers, device=device, dtype=dtype, **sampling)
     methods = methods_for(vlm, method or ["dense", "focus"])
     media = None if clip is None else str(clip)
-    for row in measure_speed(vlm, methods, clip=media, frames=frames, repeats=repeats, out=out):
+    for row in measure_speed(vlm, methods, clip=media, frames=frames or 16, repeats=repeats, out=out):
         print(
             f"{row['method']}: prefill {row['prefill_ms']:.1f} ms ({row['over_dense'] or float('nan'):.2f} of dense), "
             f"{row['memory_mib']:.0f} MiB, counted sparsity {100 * row['sparsity']:.1f} %; {explain(row)}"

@@ -59,10 +59,20 @@ def _list_settings(wanted: bool) -> None:
 
 _MODEL, _METHOD, _QUESTIONS, RESULTS = "Model", "Method", "Questions", "Results"  # panels of the help
 
-Model = Annotated[str, Option(help="Adapter name.", autocompletion=model_names, rich_help_panel=_MODEL)]
+Model = Annotated[
+    str,
+    Option(help="Adapter name; or any checkpoint (owner/name).", autocompletion=model_names, rich_help_panel=_MODEL),
+]
 Checkpoint = Annotated[
     str | None,
     Option(help="Checkpoint folder or hub id; without it, the adapter's published one.", rich_help_panel=_MODEL),
+]
+Frames = Annotated[
+    int | None,
+    Option(min=1, help="The most frames of a video; without it, the adapter's own rule.", rich_help_panel=_MODEL),
+]
+Fps = Annotated[
+    float | None, Option(help="Frames a second of a video, as far as --frames allows.", rich_help_panel=_MODEL)
 ]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)]
 Dtype = Annotated[str, Option(help="float32, bfloat16, float16 or auto.", rich_help_panel=_MODEL)]

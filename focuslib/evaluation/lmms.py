@@ -52,6 +52,8 @@ class FocusLmms(lmms):
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
+        frames: int | str | None = None,
+        fps: float | str | None = None,
         journal: Journal | None = None,
         save_trace: Callable[[str, int, Run], None] | None = None,
         **settings: Any,
@@ -60,7 +62,8 @@ class FocusLmms(lmms):
         if int(batch_size) != 1:
             raise UserError(f"batch_size is {batch_size}; methods act on one sequence at a time, use batch_size 1")
         settings.pop("max_batch_size", None)
-        self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype)
+        seen = {"frames": frames and int(frames), "fps": fps and float(fps)}
+        self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype, **seen)
         # by name, a method has its settings for each task's data set; here only what was typed is checked
         self.named = None if isinstance(method, Method) else (method, typed_settings(method, settings))
         self.method = method if isinstance(method, Method) else self.method_for("")
@@ -125,10 +128,11 @@ class FocusLmms(lmms):
         try:
             with readable_images(f"{task} {doc_id}"):
                 visuals = to_visual(self.task_dict[task][split][doc_id]) or []
-            if len(visuals) != 1:
-                what = f"{len(visuals)} images or videos" if visuals else "no image or video"
-                raise InputError(f"{what} in this question; the models here take one")
-            inputs = self.vlm.prepare(visuals[0], context)
+            if not visuals:
+                raise InputError("no image or video in this question; methods act on visual tokens")
+            if len(visuals) > 1 and not self.vlm.several_media:
+                raise InputError(f"{len(visuals)} images or videos in this question; {self.vlm.name} takes one")
+            inputs = self.vlm.prepare(visuals if len(visuals) > 1 else visuals[0], context)
         except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
             return _failure(task, doc_id, error)
         start = time.perf_counter()

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -17,12 +18,15 @@ from focuslib.evaluation.sources import sources
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.paper import plan
 from focuslib.experiments.params import EXPERIMENTS, Count
-from focuslib.models import MODELS
+from focuslib.models import MODELS, HfVLM
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
+from focuslib.models.media import Clip
+from focuslib.models.registry import adapter_of, named
 from focuslib.paths import params_folder, read_yaml
 from focuslib.validation import Strict, validate
 
 PUBLISHED_GPU_GB = 80  # the paper's hours and settings are of such a card
+TYPICAL, LONG, RATE = (360, 640), 15000, 25.0  # pixels, frames and rate of a video whose tokens are counted
 WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 
 
@@ -30,7 +34,8 @@ WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 class Pair:
     """A (model, data set) pair of a profile. Each part is "there" or says what is missing, in a line with the fix.
 
-    hours: method → published hours of the questions asked; empty where none are published.
+    hours: method → hours of the questions asked, as published or (estimated) by the paper's hours a question and visual
+    token; empty where neither is known.
     """
 
     model: str
@@ -40,6 +45,7 @@ class Pair:
     device: str = "there"
     experiments: list[str] = field(default_factory=list)
     hours: dict[str, float] = field(default_factory=dict)
+    estimated: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -68,18 +74,19 @@ def check_profile(profile: str) -> list[Pair]:
             if (hours := costs(cell)) is not None:  # experiments share cells, and one may ask fewer questions
                 method = " ".join(filter(None, (cell.quantization, cell.method)))
                 pair.hours[method] = max(hours, pair.hours.get(method, 0.0))
+                pair.estimated = not costs.published(cell)
     return list(pairs.values())
 
 
 def weights(model: str, checkpoint: str | None = None) -> str:
     """Whether a model's checkpoint is whole and of its family; reads headers only."""
-    adapter = MODELS[model]
+    adapter = adapter_of(model)
     try:
         folder = resolve_folder(checkpoint or adapter.checkpoint)
         check_shards(folder)
         adapter.architecture(folder, read_json(folder / "config.json"))
     except UserError as error:
-        line, command = str(error), f"hf download {adapter.checkpoint}"
+        line, command = str(error), f"hf download {checkpoint or adapter.checkpoint}"
         return line if checkpoint or command in line else f"{line}: {command}"
     return "there"
 
@@ -116,8 +123,9 @@ def device(name: str) -> str:
 
 def fetch(name: str) -> str:
     """Download a model's checkpoint or a data set with its videos, as the run reads them; returns what is there now."""
-    if name in MODELS:
-        return f"{name}: {resolve_folder(MODELS[name].checkpoint, download=True)}"
+    if name in MODELS or "/" in name:  # a checkpoint by its hub id
+        model, checkpoint = named(name)
+        return f"{model}: {resolve_folder(checkpoint or MODELS[name].checkpoint, download=True)}"
     dataset = pick(DATASETS, name, "model or data set")
     from focuslib.evaluation.lmms import load_tasks
 
@@ -139,8 +147,8 @@ def table(pairs: list[Pair]) -> pd.DataFrame:
                 name: "there" if getattr(pair, name) == "there" else "MISSING" for name in ("weights", "data", "device")
             },
             "experiments": " ".join(pair.experiments),
-            "published hours": ", ".join(f"{method} {hours:.1f}" for method, hours in pair.hours.items())
-            or "not published",
+            "published hours": ("estimated: " if pair.estimated else "")
+            + (", ".join(f"{method} {hours:.1f}" for method, hours in pair.hours.items()) or "not published"),
         }
         for pair in pairs
     ]
@@ -154,6 +162,9 @@ def cost(pairs: list[Pair]) -> str:
         return "no cost is published for this profile"
     others = published_cost()["others"]
     beside = ", ".join(f"{name} {hours:g} h" for name, hours in others.items())
+    if any(pair.estimated for pair in pairs):
+        basis = "estimated by the paper's hours a question and visual token"
+        return f"{basis}, on one {PUBLISHED_GPU_GB} GB GPU: accuracy {hours:.0f} h"
     return f"published cost on one {PUBLISHED_GPU_GB} GB GPU: accuracy {hours:.0f} h; all of the paper's {beside}"
 
 
@@ -204,10 +215,32 @@ class _Costs:
 
     def __call__(self, cell: Cell) -> float | None:
         """Hours of a cell's questions; None: not published."""
-        key, hours = (cell.model, cell.dataset), self.hours.get(cell.quantization, {})
-        if cell.kind != "accuracy" or cell.method not in hours or key not in self.lengths:
+        hours = self.hours.get(cell.quantization, {})
+        if cell.kind != "accuracy" or cell.method not in hours or cell.dataset not in self.questions:
+            return None
+        length = self.lengths.get((cell.model, cell.dataset))
+        if length is None and adapter_of(cell.model) is HfVLM:
+            length = video_tokens(str(cell.checkpoint), cell.frames, cell.fps)
+        if length is None:
             return None
         asked = self.questions[cell.dataset]
         if cell.limit is not None:
             asked = min(asked, cell.limit * len(list(sources(DATASETS[cell.dataset]))))
-        return hours[cell.method] * asked * self.lengths[key] / self.all
+        return hours[cell.method] * asked * length / self.all
+
+    def published(self, cell: Cell) -> bool:
+        """Whether the paper asked these questions of this model."""
+        return (cell.model, cell.dataset) in self.lengths
+
+
+@cache
+def video_tokens(checkpoint: str, frames: int | None, fps: float | None) -> int | None:
+    """Visual tokens of a long video by a checkpoint's own processor; None if it is not on this disk."""
+    try:
+        vlm = HfVLM.without_weights(checkpoint, frames=frames, fps=fps)
+        count = len(vlm.sampling.indices(LONG, RATE))
+        clip = Clip(np.zeros((count, *TYPICAL, 3), np.uint8), tuple(np.linspace(0, LONG / RATE, count)), LONG / RATE)
+        grid = vlm.prepare(clip, "").grid
+    except UserError:
+        return None
+    return None if grid is None else grid.length

@@ -17,6 +17,7 @@ from focuslib.experiments.store import Outcome, export_traces, pth_name, write_s
 from focuslib.hardware.accelerators import ACCELERATORS
 from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
 from focuslib.models import MODELS
+from focuslib.models.registry import named
 from focuslib.paths import params_folder, project_root, shown
 
 
@@ -199,7 +200,7 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
     if experiment == "dse":
         return dse_cells(params)
     if experiment == "int8":
-        any_median = {(model, dataset): 0 for model in params["models"] for dataset in params["datasets"]}
+        any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
         return int8_cells(params, any_median)
     return comparison_cells(
         params, traces=experiment != "baselines", costs=experiment == "baselines", view=experiment == "main"
@@ -223,11 +224,21 @@ SWEEPS = {
 
 
 def _pairs(params: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """What all cells of a (model, data set) pair have in common, pair by pair."""
-    for model in params["checkpoints"] or {}:
-        pick(MODELS, model, "model")
+    """What all cells of a (model, data set) pair have in common, pair by pair.
+
+    Raises UserError for two checkpoints of one name: their rows and traces would be taken for each other's.
+    """
+    checkpoints = params["checkpoints"] or {}
+    if stray := [model for model in checkpoints if model not in params["models"]]:
+        pick(MODELS, stray[0], "model")
+    common = {key: params.get(key) for key in ("device", "dtype", "seed", "frames", "fps")}
+    found: dict[str, str | None] = {}
     for model in params["models"]:
+        name, checkpoint = named(model, checkpoints.get(model))
+        if found.setdefault(name, checkpoint) != checkpoint:
+            raise UserError(
+                f"two checkpoints called {name}: {found[name]} and {checkpoint}; give one a name of its own: "
+                f"models: [{name}-2], checkpoints: {{{name}-2: {checkpoint}}}"
+            )
         for dataset in params["datasets"]:
-            common = {key: params[key] for key in ("device", "dtype", "seed")}
-            checkpoint = (params["checkpoints"] or {}).get(model)
-            yield {"model": model, "dataset": dataset, "checkpoint": checkpoint, **common}
+            yield {"model": name, "dataset": dataset, "checkpoint": checkpoint, **common}

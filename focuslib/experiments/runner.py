@@ -171,7 +171,7 @@ class _Loader:
         self.errors: dict[tuple, UserError] = {}
 
     def __call__(self, cell: Cell) -> VLM:
-        key = (cell.model, cell.checkpoint, cell.device, cell.dtype, cell.quantization)
+        key = (cell.model, cell.checkpoint, cell.device, cell.dtype, cell.quantization, cell.frames, cell.fps)
         if key in self.errors:
             raise self.errors[key]
         if self.loaded is None or self.loaded[0] != key:
@@ -187,7 +187,10 @@ class _Loader:
 
 def load_cell(cell: Cell) -> VLM:
     """The model a cell runs on, as it runs on it."""
-    return load_vlm(cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype, quantization=cell.quantization)
+    return load_vlm(
+        cell.model, cell.checkpoint, device=cell.device, dtype=cell.dtype, quantization=cell.quantization,
+        frames=cell.frames, fps=cell.fps,
+    )  # fmt: skip
 
 
 def _run(cell: Cell, path: Path, loaded: _Loader) -> None:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from focuslib.errors import UserError
 from focuslib.explore.recorder import NEVER, Cancelled, Recorder, Recording, SiteView, trace_recording
-from focuslib.grid import VisualGrid
+from focuslib.grid import grid_from_dict
 from focuslib.methods import Dense, Focus, Method
 from focuslib.models.base import VLM, Media
-from focuslib.models.layout import TokenLayout, rows_layout
+from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video
 from focuslib.prefill.ops import SITES, dense_operations
 from focuslib.prefill.patch import install
@@ -31,7 +31,7 @@ FORMAT = 1
 # What `ViewData.save` writes as arrays, and what as text.
 _LAYOUT_ARRAYS = ("frame", "panel", "box")
 _SITE_ARRAYS = ("shown", "codes", "similar", "zero", "follows", "mean", "steps", "above")
-_RECORDING_ARRAYS = ("dropped", "thresholds", "importance")
+_RECORDING_ARRAYS = ("dropped", "thresholds", "importance", "neighbours")
 _RECORDING_WORDS = ("candidates", "doublings", "threshold", "applied")
 _VIEW_WORDS = ("title", "retained", "kept", "question", "answers", "operations", "notes")
 
@@ -102,6 +102,8 @@ class ViewData:
             "panels": self.layout.panels,
             "pictures": self._pictures(arrays),
         }
+        if recording.neighbours is not None:
+            header["neighbours"] = arrays.add(recording.neighbours)
         if recording.importance is not None:
             most = recording.importance.max(1, keepdims=True)
             header["importance"] = arrays.add(
@@ -155,7 +157,7 @@ class ViewData:
             for site, vectors in text["vectors"].items()
         }
         words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
-        recording = Recording(VisualGrid(**text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
+        recording = Recording(grid_from_dict(text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
         layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=tuple(text["panels"]))
         links = text["links"] and Links(
             text["links"]["title"], tuple(text["links"]["kinds"]), arrays["links.target"], arrays["links.kind"]
@@ -214,7 +216,7 @@ class _Arrays:
 
 def run_view(
     vlm: VLM,
-    media: Media,
+    media: Media | list[Media],
     question: str,
     method: Method,
     probe: Focus,
@@ -239,8 +241,10 @@ def run_view(
         progress(share, text)
 
     step(0, "reading the clip")
-    frames = vlm.frames(media)
     inputs = vlm.prepare(media, question)
+    if inputs.grid is None:
+        raise UserError("the prompt has no visual tokens; give a video or an image")
+    frames, layout = vlm.drawing(media, inputs)
     layers = vlm.model.config.get_text_config().num_hidden_layers
     answers = {}
 
@@ -265,7 +269,7 @@ def run_view(
         )
     return ViewData(
         recording=recording,
-        layout=vlm.layout(record.grid, frames.shape[1:3]),
+        layout=layout,
         frames=frames,
         title=f"{vlm.name} under {method}",
         retained=record.retained,
@@ -311,7 +315,7 @@ def trace_view(path: str | Path, media: Media | None = None, layout: TokenLayout
     path = Path(path)
     trace = Trace.load(path)
     recording = trace_recording(trace)
-    layout = layout or rows_layout(trace.grid)
+    layout = layout or grid_layout(trace.grid)
     frames = None
     if media is not None:
         frames = _pictures_of(media, layout.num_frames)
