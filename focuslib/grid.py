@@ -7,7 +7,7 @@ runs (timestamps, frame names, markers, other text) is no visual token: methods 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -46,11 +46,12 @@ class Grid(ABC):
 
         Paper, similarity concentration.
         """
-        return [place for place in product(*map(range, self.block_sides(frames, side))) if any(place)]
+        df, dh, dw = map(range, self.block_sides(frames, side))
+        return [place for place in product(df, dh, dw) if any(place)]
 
     @abstractmethod
     def candidates(self, positions: Tensor, frames: int, side: int) -> Tensor:
-        """Numbers of the candidates of tokens, in the order of `block_places`: [T] int64 → [C, T] int64, < 0 if none."""
+        """Numbers of the candidates of tokens, in the order of `block_places`: [T] → [C, T] int64, < 0 if none."""
 
     @property
     @abstractmethod
@@ -321,7 +322,7 @@ def grid_from_dict(values: dict[str, Any]) -> Grid:
 def _check_runs(name: str, runs: tuple[Run, ...], length: int) -> None:
     if not runs or any(first < 0 or size < 1 for first, size in runs):
         raise ValueError(f"{name}.runs is {runs}; give (first, length) of each run, lengths from 1")
-    if any(first < sum(before) for before, (first, _) in zip(runs, runs[1:], strict=False)):
+    if any(first < sum(before) for before, (first, _) in pairwise(runs)):
         raise ValueError(f"{name}.runs must ascend and not overlap; they are {runs}")
     if sum(size for _, size in runs) != length:
         raise ValueError(f"{name}.runs hold {sum(size for _, size in runs)} tokens; there are {length} visual tokens")

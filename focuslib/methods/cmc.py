@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import InputError, UserError
-from focuslib.kernels.motion import INFORMATIVE, ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.kernels.motion import (
+    INFORMATIVE,
+    ZEROED,
+    compensate,
+    frame_matches,
+    motion_search,
+    replaced_share,
+    same_position,
+)
 from focuslib.methods.base import Method
+from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.methods.frames import require_frames
 from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
@@ -23,7 +32,8 @@ class Cmc(Method):
     linear_threshold: on the input embeddings, once; those matches hold for the inputs of every linear layer.
     query_threshold: on each layer's and head's queries. score_threshold: on each layer's and head's attention rows.
     interval: frames an interval. i_frame: which of them is the I-frame, from 0.
-    skip_score_layers: layers whose attention rows are left alone (published: the last of 28).
+    skip_score_layers: layers whose attention rows are left alone (published: the last of 28), as numbers or as shares
+    of the depth (see depth.layer_numbers).
     simplified: compare tokens of the same position only, instead of searching the whole I-frame.
     tail: what happens in a last interval too short to have an I-frame: "published" replaces its tokens of small norm by
     the zeros that the frames were padded with, "leave" does nothing. Either way they count as computed.
@@ -39,12 +49,13 @@ class Cmc(Method):
     score_threshold: float = 5e-5
     interval: int = 8
     i_frame: int = 3
-    skip_score_layers: tuple[int, ...] = (27,)
+    skip_score_layers: tuple[int | float, ...] = (27,)
     simplified: bool = False
     tail: str = "published"
 
     def __post_init__(self):
-        object.__setattr__(self, "skip_score_layers", tuple(self.skip_score_layers))
+        skipped = checked_layers("method cmc: skip_score_layers", self.skip_score_layers)
+        object.__setattr__(self, "skip_score_layers", skipped)
         for name in ("linear_threshold", "query_threshold", "score_threshold"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"method cmc: {name} is {getattr(self, name)}; it must not be negative")
@@ -56,8 +67,6 @@ class Cmc(Method):
             )
         if self.tail not in ("published", "leave"):
             raise UserError(f"method cmc: tail is {self.tail!r}; it must be published or leave")
-        if any(layer < 0 for layer in self.skip_score_layers):
-            raise UserError(f"method cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
 
     @property
     def emulates(self) -> bool:
@@ -84,7 +93,7 @@ class Cmc(Method):
         return queries
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
-        return layer not in self.skip_score_layers
+        return layer not in layer_numbers(self.skip_score_layers, prefill.shape.layers)
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         if head == 0:

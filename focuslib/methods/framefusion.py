@@ -19,8 +19,9 @@ from focuslib.prefill.record import Links, Prefill, PrefillRecord
 class _State:
     """How far one prefill has got.
 
-    places: [S], equal for tokens of one place (see Grid.places). shares: share of the visual tokens that each merging call removed. importance: [T] of the next call, when it prunes.
-    root: [S] the visual token that each original one is merged into.
+    places: [S], equal for tokens of one place (see Grid.places). root: [S] the visual token that each original one is
+    merged into. shares: share of the visual tokens that each merging call removed. importance: [T] of the next call,
+    when it prunes.
     """
 
     places: Tensor
