@@ -321,7 +321,7 @@ def test_every_method_runs_on_every_family(loaded, name):
     inputs = loaded.prepare(Image.fromarray(frames[0]) if image_only else frames, "What?")
     settings = {"focus": {"selected_layers": (1, 3), "retention": (0.5, 0.2)}, "framefusion": {"cost": 0.7}}
     method = METHODS[name](**settings.get(name, {}))
-    if image_only and name in ("cmc", "framefusion"):
+    if image_only and name in ("cmc", "framefusion", "evs", "dycoke"):
         with pytest.raises(UserError, match="video"), method(loaded):
             loaded.prefill(inputs)
         return

@@ -3,10 +3,20 @@
 from focuslib.methods.adaptiv import Adaptiv
 from focuslib.methods.base import Dense, Method
 from focuslib.methods.cmc import Cmc
+from focuslib.methods.controls import Random, Uniform
+from focuslib.methods.dycoke import DyCoke
+from focuslib.methods.evs import Evs
+from focuslib.methods.fastv import FastV
 from focuslib.methods.focus import Focus
 from focuslib.methods.framefusion import FrameFusion
+from focuslib.methods.pyramiddrop import PyramidDrop
+from focuslib.methods.vidcom2 import VidCom2
 from focuslib.prefill.record import Prefill, PrefillRecord
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Focus, FrameFusion, Adaptiv, Cmc)}
+_CLASSES = (Dense, Focus, FrameFusion, Adaptiv, Cmc, FastV, Evs, VidCom2, PyramidDrop, DyCoke, Random, Uniform)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _CLASSES}
 
-__all__ = ["METHODS", "Adaptiv", "Cmc", "Dense", "Focus", "FrameFusion", "Method", "Prefill", "PrefillRecord"]
+__all__ = [
+    "METHODS", "Adaptiv", "Cmc", "Dense", "DyCoke", "Evs", "FastV", "Focus", "FrameFusion", "Method", "Prefill",
+    "PrefillRecord", "PyramidDrop", "Random", "Uniform", "VidCom2",
+]  # fmt: skip

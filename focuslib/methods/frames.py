@@ -12,3 +12,10 @@ def require_frames(method: str, grid: Grid) -> None:
         raise InputError(
             f"method {method}: {grid.length} visual tokens are not {grid.num_frames} equal frames; give a video's grid"
         )
+
+
+def frame_sizes(method: str, grid: Grid) -> list[tuple[int, ...]]:
+    """The numbers of tokens of each medium's frames. Raises InputError if they are not whole frames."""
+    if not grid.one_picture:
+        require_frames(method, grid)
+    return list(grid.media)
