@@ -11,7 +11,7 @@ from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.kernels.outliers import frame_counts, frame_shares, mean_similarities, outliers
 from focuslib.kernels.temporal import temporal_merge
-from focuslib.methods import DyCoke, Evs, FastV, PyramidDrop, Random, Uniform, VidCom2
+from focuslib.methods import DyCoke, Evs, FastV, FewerFrames, FewerPixels, PyramidDrop, Random, Uniform, VidCom2
 from focuslib.methods.base import Method
 from focuslib.methods.budget import schedule_sparsity
 from focuslib.prefill.record import Prefill
@@ -22,7 +22,7 @@ VIDEO = VisualGrid(3, 30, 5, 2, 3, 6, 3)
 METHODS = [
     FastV(layer=1), Evs(retention=0.6), VidCom2(retention=0.4), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25)),
     PyramidDrop(layers=(1, 2), retention=(0.5, 0.25), positions="original"), DyCoke(), DyCoke(order="place"),
-    Random(), Uniform(),
+    Random(), Uniform(), FewerFrames(), FewerPixels(),
 ]  # fmt: skip
 FAMILIES = [
     ("qwen2", "sdpa", {}), ("qwen2", "eager", {}), ("qwen3", "sdpa", {}), ("llama", "eager", {}),
@@ -92,7 +92,9 @@ def test_cached_decoding_equals_recomputation_and_the_model_is_restored(name, at
     assert torch.equal(run(vlm), plain)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method.name not in ("evs", "dycoke")], ids=named)
+@pytest.mark.parametrize(
+    "method", [method for method in METHODS if method.name not in ("evs", "dycoke", "fewer_frames")], ids=named
+)
 @torch.inference_mode()
 def test_deepstack_and_positions_of_several_axes(method):
     vlm, inputs = qwen3_vl("sdpa")
@@ -282,7 +284,9 @@ def test_look_ahead_is_for_before_a_layer():
 
 
 @pytest.mark.parametrize(
-    "method", [FastV, Evs, VidCom2, PyramidDrop, DyCoke, Random, Uniform], ids=lambda kind: kind.name
+    "method",
+    [FastV, Evs, VidCom2, PyramidDrop, DyCoke, Random, Uniform, FewerFrames, FewerPixels],
+    ids=lambda kind: kind.name,
 )
 @pytest.mark.parametrize("target", [0.5, 0.75])
 @torch.inference_mode()
@@ -342,7 +346,7 @@ def test_layers_that_do_not_exist_are_refused(method):
         run(vlm)
 
 
-@pytest.mark.parametrize("method", [Evs(), DyCoke()], ids=named)
+@pytest.mark.parametrize("method", [Evs(), DyCoke(), FewerFrames()], ids=named)
 @torch.inference_mode()
 def test_methods_that_compare_frames_need_a_video(method):
     vlm = family("qwen2", "sdpa")
@@ -362,3 +366,60 @@ def test_random_draws_anew_for_another_clip_and_never_for_the_same():
         chosen.append(prefill.last.left.tolist())
         assert len(chosen[-1]) == 6
     assert chosen[0] == chosen[1] and chosen[0] != chosen[2] and chosen[0] != chosen[3]
+
+
+@torch.inference_mode()
+def test_fewer_frames_is_the_model_on_those_frames():
+    vlm, embeds = family("qwen2", "sdpa"), video_embeds()
+    vlm.grid = VIDEO
+    with FewerFrames(retention=0.4)(vlm) as prefill:
+        logits = vlm.model(inputs_embeds=embeds[None], use_cache=False).logits
+    left = prefill.last.left.tolist()
+    assert left == [*range(6, 12), *range(18, 24)]
+    rows = [0, 1, 2, *(3 + number for number in left), *range(33, 40)]
+    torch.testing.assert_close(logits, shortened(vlm, embeds, rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", range(1, 31))
+@torch.inference_mode()
+def test_fewer_frames_keeps_as_many_tokens_as_asked(keep):
+    vlm, embeds = family("qwen2", "sdpa"), video_embeds()
+    vlm.grid = VIDEO
+    with FewerFrames(retention=(keep + 0.5) / 30 if keep < 30 else 1)(vlm) as prefill:
+        vlm.model(inputs_embeds=embeds[None], use_cache=False)
+    frames = (prefill.last.left // 6).unique(return_counts=True)[1]
+    assert int(frames.sum()) == keep
+    assert int((frames < 6).sum()) <= 1
+
+
+@torch.inference_mode()
+def test_fewer_pixels_is_the_model_on_block_means():
+    """Frames of 4 × 6 tokens at a quarter: 2 × 3 means of blocks of 2 × 2, written out; with newlines, beside them."""
+    vlm = family("qwen2", "sdpa")
+    for newline in (0, 1):
+        columns = 6 + newline
+        vlm.grid = grid = VisualGrid(3, 2 * 4 * columns, 2, 4, columns, 4 * columns, columns)
+        embeds = video_embeds(tokens=grid.stop + 5, grid=grid)
+        video = embeds[3 : grid.stop].view(2, 4, columns, 32)
+        video[:, :, 6:] = embeds[-1]
+        short = [*embeds[:3]]
+        for frame in range(2):
+            for row in (0, 2):
+                for column in (0, 2, 4):
+                    short.append(video[frame, row : row + 2, column : column + 2].reshape(4, 32).mean(0))
+                short += [embeds[-1]] * newline
+        short = torch.stack([*short, *embeds[-5:]])
+        keep = 2 * 2 * (3 + newline)
+        with FewerPixels(retention=keep / grid.length)(vlm) as prefill:
+            logits = vlm.model(inputs_embeds=embeds[None], use_cache=False).logits
+        assert len(prefill.last.left) == keep
+        expected = vlm.model(inputs_embeds=short[None], use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_fewer_pixels_needs_rows_of_tokens():
+    vlm = family("qwen2", "sdpa")
+    vlm.grid = VisualGrid(3, 30, 5, 2, 4, 6, 4)
+    with pytest.raises(UserError, match="fewer_pixels: the frames here are no whole rows"), FewerPixels()(vlm):
+        run(vlm)

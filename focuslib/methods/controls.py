@@ -1,4 +1,4 @@
-"""Controls: what a method must beat. Visual tokens kept at random, evenly spaced, of fewer frames or of fewer pixels.
+"""Controls: what a method must beat. Visual tokens kept at random or evenly spaced (others: see fewer).
 
 Two benchmarks of the field (arXiv 2511.02650, 2510.07143) found that such controls beat several published methods.
 """
@@ -35,11 +35,13 @@ class Control(Method):
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if layer > 0:
             return hidden, None
-        if self.target_sparsity is None:
-            keep = tokens_to_keep(prefill.grid.length, self.retention, len(prefill.present))
-        else:
-            keep = tokens_for(self.name, prefill, self.target_sparsity)
-        return hidden, prefill.keep(self.choose(prefill, hidden, keep).to(hidden.device))
+        return hidden, prefill.keep(self.choose(prefill, hidden, self.keep(prefill)).to(hidden.device))
+
+    def keep(self, prefill: Prefill) -> int:
+        """How many visual tokens to keep."""
+        if self.target_sparsity is not None:
+            return tokens_for(self.name, prefill, self.target_sparsity)
+        return tokens_to_keep(prefill.grid.length, self.retention, len(prefill.present))
 
     def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
         """Which `keep` of the visual tokens present stay: [keep] int64, ascending."""

@@ -29,6 +29,7 @@ class DyCoke(Method):
     """
 
     name: ClassVar[str] = "dycoke"
+    needs_all: ClassVar[str] = "first"
 
     retention: float = 0.3
     target_sparsity: float | None = None

@@ -26,6 +26,7 @@ class Evs(Method):
     """
 
     name: ClassVar[str] = "evs"
+    needs_all: ClassVar[str] = "first"
 
     retention: float = 0.25
     target_sparsity: float | None = None

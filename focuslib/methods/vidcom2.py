@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from focuslib.grid import Grid, VisualGrid
 from focuslib.kernels.outliers import frame_counts, frame_shares, mean_similarities, outliers
 from focuslib.methods.base import Method
 from focuslib.methods.budget import check_share, check_target, tokens_for
-from focuslib.methods.frames import frame_sizes
+from focuslib.methods.frames import frame_sizes, newlines
 from focuslib.prefill.record import Prefill
 
 STEPS = 40  # of the bisection for a target: far below one token
@@ -30,6 +29,7 @@ class VidCom2(Method):
     """
 
     name: ClassVar[str] = "vidcom2"
+    needs_all: ClassVar[str] = "first"
 
     retention: float = 0.25
     target_sparsity: float | None = None
@@ -76,15 +76,3 @@ def matching_share(parts: list, wanted: int) -> float:
             kept += sum(frame_counts(frame_shares(video, frame, middle), torch.bincount(frame).tolist()))
         low, high = (middle, high) if kept < wanted else (low, middle)
     return high
-
-
-def newlines(x: Tensor, grid: Grid) -> Tensor:
-    """Which visual tokens are newlines: the last column of a video's frames, if it holds one and the same vector.
-
-    x: [S, D]. Returns [S] bool.
-    """
-    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if isinstance(grid, VisualGrid) and grid.height > 1 and len(x) % grid.height_stride == 0:
-        last = x[grid.height_stride - 1 :: grid.height_stride]
-        found[grid.height_stride - 1 :: grid.height_stride] = bool((last == last[0]).all())
-    return found
