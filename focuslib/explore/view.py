@@ -240,7 +240,6 @@ def run_view(
 
     step(0, "reading the clip")
     frames = vlm.frames(media)
-    inputs = vlm.prepare(media, question)
     layers = vlm.model.config.get_text_config().num_hidden_layers
     answers = {}
 
@@ -249,6 +248,7 @@ def run_view(
             first + (last - first) * layer / layers, f"{used.name}: layer {layer + 1} of {layers}"
         ))  # fmt: skip
         with install(seen, vlm) as live:
+            inputs = vlm.prepare(media, question)  # inside, for methods that watch the vision tower
             ids = vlm.generate_ids(inputs, max_new_tokens, streamer=_Steps(check))
         return vlm.decode(ids), seen, live.last, live.sparsity
 

@@ -38,6 +38,11 @@ class Method(Events):
         """Whether it stands for work that only its accelerator spares: the model computes it all the same."""
         return False
 
+    @property
+    def watched_layer(self) -> int | None:
+        """The layer of the vision tower whose attention `prefill.tower` tells, may be from the end; None: none."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name."""
         return asdict(self)
@@ -114,6 +119,13 @@ class Stack(Method):
     @property
     def emulates(self) -> bool:
         return any(part.emulates for part in self.parts)
+
+    @property
+    def watched_layer(self) -> int | None:
+        layers = {part.watched_layer for part in self.parts} - {None}
+        if len(layers) > 1:
+            raise UserError(f"methods {self.name}: they read different layers of the vision tower; set one tower_layer")
+        return next(iter(layers), None)
 
     def settings(self) -> dict[str, Any]:
         return {f"{part.name}.{key}": value for part in self.parts for key, value in part.settings().items()}

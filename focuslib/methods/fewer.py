@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuslib.errors import InputError
-from focuslib.grid import CoordinateGrid, Grid, VisualGrid
 from focuslib.kernels.ranking import evenly_spaced
 from focuslib.methods.controls import Control
-from focuslib.methods.frames import frame_sizes, newlines, require_frames
+from focuslib.methods.frames import frame_shapes, frame_sizes, newlines, require_frames
 from focuslib.prefill.record import Prefill
 
 
@@ -64,7 +62,7 @@ class FewerPixels(Control):
         x = hidden[prefill.visual]
         keep, blank = self.keep(prefill), newlines(x, prefill.grid)
         x, first, used, numbers = x.clone(), 0, 0, []
-        shapes = frame_shapes(prefill.grid)
+        shapes = frame_shapes(self.name, prefill.grid)
         for done, (rows, columns) in enumerate(shapes, 1):
             size, separator = rows * columns, int(blank[first + columns - 1])
             grid = nearest_grid(rows, columns - separator, separator, round(keep * done / len(shapes)) - used)
@@ -89,24 +87,3 @@ def nearest_grid(rows: int, columns: int, separator: int, wanted: int) -> tuple[
     """The sides of the grid, of about the frame's shape, whose tokens with a separator a row are nearest `wanted`."""
     sides = [(r, c) for r in range(1, rows + 1) for c in {r * columns // rows, -(-r * columns // rows)} if c]
     return min(sides, key=lambda side: (abs(side[0] * (side[1] + separator) - wanted), side))
-
-
-def frame_shapes(grid: Grid) -> list[tuple[int, int]]:
-    """Rows and columns of every frame of every medium. Raises InputError for frames that are no whole rows."""
-    if isinstance(grid, VisualGrid):
-        sizes = [size for sizes in frame_sizes("fewer_pixels", grid) for size in sizes]
-        shapes = [(size // grid.height_stride, grid.height_stride) for size in sizes]
-    else:
-        assert isinstance(grid, CoordinateGrid)
-        sizes, shapes, first = [size for sizes in grid.media for size in sizes], [], 0
-        for size in sizes:
-            frame = grid.coordinates[first : first + size]
-            first += size
-            rows, columns = (max(place[axis] for place in frame) + 1 for axis in (2, 3))
-            whole = [place[2:] for place in frame] == [(r, c) for r in range(rows) for c in range(columns)]
-            shapes.append((rows, columns) if whole else (0, 0))
-    if any(rows * columns != size for size, (rows, columns) in zip(sizes, shapes, strict=True)):
-        raise InputError(
-            "method fewer_pixels: the frames here are no whole rows of tokens; it averages over blocks of them"
-        )
-    return shapes

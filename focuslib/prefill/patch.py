@@ -31,6 +31,7 @@ from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask
 from focuslib.prefill.positions import has_axes, shifted
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
+from focuslib.prefill.tower import Tower, watch
 
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
 
@@ -69,6 +70,7 @@ class _Patch:
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
         self.reached = False
+        self.tower: Tower | None = None
         self.looking = False  # whether a layer's queries and keys are wanted, and nothing else of it
         self.implementation: str = decoder.config._attn_implementation
         if self.implementation == "flex_attention":
@@ -89,6 +91,8 @@ class _Patch:
             _patches[attention] = self
             undo.callback(_patches.pop, attention, None)
         self._route_attention(attentions, undo)
+        if self.method.watched_layer is not None:
+            self.tower = watch(self.vlm.model, self.decoder, self.method.watched_layer, undo)
         hooks = [
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave),
@@ -169,6 +173,8 @@ class _Patch:
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
         if has_axes(self.decoder):
             self.prefill.renumbering = None
+        if self.tower is not None:
+            self.tower.done, self.prefill.watched = True, self.tower
         self.method.begin(self.prefill, embeds[0])
 
     def _step(self, past: Cache, seen: int) -> None:

@@ -15,6 +15,7 @@ from focuslib.grid import Grid
 from focuslib.kernels.similarity import ZERO
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
+from focuslib.prefill.tower import Picture, Shapes, Tower
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
 
@@ -78,6 +79,7 @@ class Prefill:
         self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
         self.running_mask: Callable[[], Tensor | None] = lambda: None  # of the layer that runs, set by the patch
         self.coming: Callable[[Tensor], tuple[Tensor, Tensor, float]] | None = None  # set by the patch before a layer
+        self.watched: Tower | None = None  # set by the patch
         self.renumbering: bool | None = False  # None: the model cannot
         self.positions: Tensor | None = None  # original index whose position each row takes; None: each its own
         self.shift = 0  # by how much the positions of what is decoded fall
@@ -100,6 +102,16 @@ class Prefill:
         if self.coming is None:
             raise ValueError("queries_and_keys is for before_attention: no layer is about to run")
         return self.coming(hidden)
+
+    def tower(self, shapes: Shapes) -> Picture:
+        """What the watched layer of the vision tower attended to, pooled to tokens: received [N] and keys [N, d].
+
+        shapes: rows and columns of tokens of each frame, N in all (see tower.Tower.pooled). Of the prompt that was
+        prepared last, inside the method's block.
+        """
+        if self.watched is None:
+            raise ValueError("the method watches no layer of the vision tower; see watched_layer")
+        return self.watched.pooled(shapes)
 
     def renumber(self, on: bool = True) -> None:
         """From the next drop on, the rows that are left stand at positions 0, 1, 2 … as if the others had never been.
@@ -226,6 +238,11 @@ class Events(Protocol):
     def name(self) -> str:
         """The method's name."""
         raise NotImplementedError
+
+    @property
+    def watched_layer(self) -> int | None:
+        """The layer of the vision tower whose attention `prefill.tower` tells, may be from the end; None: none."""
+        ...
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         """A prefill starts. embeds: [T, D] input embeddings."""
