@@ -55,7 +55,7 @@ def test_names_for_completion_are_those_of_the_registries():
     ("typed", "offered"),
     [
         ("run --model llava_o", {"llava_onevision"}),
-        ("tune --method f", {"focus", "framefusion"}),
+        ("tune --method f", {"fastv", "fewer_frames", "fewer_pixels", "flashvid", "focus", "framefusion"}),
         ("run --task tinyimage", {"tinyimage_attributes", "tinyimage_attributes_tune"}),
         ("verify --profile lap", {"laptop"}),
         ("fetch m", {"minicpm_v", "mlvu", "mvbench", "mme", "mmbench"}),

@@ -32,8 +32,12 @@ class Entry(BaseModel):
 def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
     """The hyper-parameters of a method for a model and data set, from params/methods.yaml.
 
+    Of several methods at once (vidcom2+focus), those of each, as vidcom2.retention.
     Raises UserError for any mistake in the file: a misspelt name would silently match nothing.
     """
+    if "+" in method:
+        parts = {part: method_settings(part, model, dataset, path) for part in method.split("+")}
+        return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
     return matching_settings(methods_file(path).get(method, []), model, dataset)
 
 

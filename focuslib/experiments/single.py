@@ -21,8 +21,9 @@ def measure_cost(vlm: VLM, cell: Cell) -> dict[str, float]:
 
     The methods here emulate the savings of an accelerator; this says what the emulation itself costs.
     """
-    inputs = vlm.prepare(*first_question(vlm, cell.dataset))
+    media, prompt = first_question(vlm, cell.dataset)
     with make_method(cell.method, cell.settings)(vlm) as run:
+        inputs = vlm.prepare(media, prompt)
         vlm.prefill(inputs)  # warms up
         seconds, mebibytes = measure(lambda: vlm.prefill(inputs), REPEATS, vlm.device)
     return {"seconds": seconds, "mebibytes": mebibytes, "computation_sparsity": run.sparsity}

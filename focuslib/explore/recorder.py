@@ -163,6 +163,10 @@ class Recorder(Events):
     def name(self) -> str:
         return self.method.name
 
+    @property
+    def watched_layer(self) -> int | None:
+        return self.method.watched_layer
+
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         self.grid = prefill.grid
         widths = {site: prefill.shape.site_channels(site) for site in SITES}

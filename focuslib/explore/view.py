@@ -17,12 +17,12 @@ from focuslib.errors import UserError
 from focuslib.explore.recorder import NEVER, Cancelled, Recorder, Recording, SiteView, trace_recording
 from focuslib.grid import grid_from_dict
 from focuslib.methods import Dense, Focus, Method
-from focuslib.models.base import VLM, Media
+from focuslib.models.base import VLM, Inputs, Media
 from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video
 from focuslib.prefill.ops import SITES, dense_operations
 from focuslib.prefill.patch import install
-from focuslib.prefill.record import Links, PrefillRecord
+from focuslib.prefill.record import Links, PrefillRecord, Run
 from focuslib.prefill.trace import Trace
 
 PICTURE_SIDE = 448  # pixels; larger frames are shrunk for the view
@@ -241,25 +241,23 @@ def run_view(
         progress(share, text)
 
     step(0, "reading the clip")
-    inputs = vlm.prepare(media, question)
-    if inputs.grid is None:
-        raise UserError("the prompt has no visual tokens; give a video or an image")
-    frames, layout = vlm.drawing(media, inputs)
     layers = vlm.model.config.get_text_config().num_hidden_layers
     answers = {}
 
-    def run(used: Method, first: float, last: float) -> tuple[str, Recorder, PrefillRecord, float]:
+    def run(used: Method, first: float, last: float) -> tuple[str, Recorder, Run, Inputs]:
         seen = Recorder(used, used if isinstance(used, Focus) else probe, lambda layer: step(
             first + (last - first) * layer / layers, f"{used.name}: layer {layer + 1} of {layers}"
         ))  # fmt: skip
         with install(seen, vlm) as live:
+            inputs = vlm.prepare(media, question)  # inside, for methods that watch the vision tower
             ids = vlm.generate_ids(inputs, max_new_tokens, streamer=_Steps(check))
-        return vlm.decode(ids), seen, live.last, live.sparsity
+        return vlm.decode(ids), seen, live, inputs
 
     if not isinstance(method, Dense):
         answers["dense"] = run(Dense(), 0.05, 0.5)[0] if dense_answer is None else dense_answer
-    answers[method.name], seen, record, sparsity = run(method, 0.5, 0.98)
-    recording = seen.recording()
+    answers[method.name], seen, live, inputs = run(method, 0.5, 0.98)
+    recording, record = seen.recording(), live.last
+    frames, layout = vlm.drawing(media, inputs)
     dense = dense_operations(record.shape, record.grid.length)
     notes = estimates(method, record)
     if not recording.applied:
@@ -276,7 +274,7 @@ def run_view(
         kept={str(layer): positions.tolist() for layer, positions in record.kept.items()},
         question=question,
         answers=answers,
-        operations={"dense": dense, method.name: dense * (1 - sparsity)},
+        operations={"dense": dense, method.name: dense * (1 - live.sparsity)},
         links=method.links(record),
         notes=notes,
     )

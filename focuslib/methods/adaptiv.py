@@ -28,6 +28,7 @@ class Adaptiv(Method):
     """
 
     name: ClassVar[str] = "adaptiv"
+    needs_all: ClassVar[str] = "first"
 
     threshold: float = 0.6
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from focuslib.errors import UserError
 from focuslib.models.base import VLM
 from focuslib.prefill.patch import install
 from focuslib.prefill.record import Events, Links, Prefill, PrefillRecord, Run
@@ -23,6 +25,9 @@ class Method(Events):
     """
 
     name: ClassVar[str]
+    needs_all: ClassVar[str] = (
+        ""  # the visual tokens that it needs in a stack: all "first", before layer 0, or "always"
+    )
 
     def __call__(self, vlm: VLM, *, trace: bool = False) -> AbstractContextManager[Run]:
         """Install the method on `vlm` for the length of a `with` block. trace: record every vector's code as well."""
@@ -32,6 +37,11 @@ class Method(Events):
     def emulates(self) -> bool:
         """Whether it stands for work that only its accelerator spares: the model computes it all the same."""
         return False
+
+    @property
+    def watched_layer(self) -> int | None:
+        """The layer of the vision tower whose attention `prefill.tower` tells, may be from the end; None: none."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name."""
@@ -81,6 +91,109 @@ class Method(Events):
     def links(self, record: PrefillRecord) -> Links | None:
         """Which token each one is replaced by or merged into, for views; None where tokens have no such link."""
         return None
+
+    def __or__(self, other: Method) -> Stack:
+        """Both at once: `VidCom2() | Focus(selected_layers=(), retention=())`; the left one acts first."""
+        return Stack((*_parts(self), *_parts(other)))
+
+
+@dataclass(frozen=True)
+class Stack(Method):
+    """Several methods on one prefill, in this order at every event; counted, traced and restored as one.
+
+    What the first drops the second does not see. Numbers that two of them record under one name are the last one's.
+    Settings are the parts', written method.setting; on the command line its name is vidcom2+focus.
+    """
+
+    parts: tuple[Method, ...] = ()
+
+    def __post_init__(self):
+        names = [part.name for part in self.parts]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UserError(f"methods {'+'.join(names)}: give two or more different ones")
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  of this stack, not of a class
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def emulates(self) -> bool:
+        return any(part.emulates for part in self.parts)
+
+    @property
+    def watched_layer(self) -> int | None:
+        layers = {part.watched_layer for part in self.parts} - {None}
+        if len(layers) > 1:
+            raise UserError(f"methods {self.name}: they read different layers of the vision tower; set one tower_layer")
+        return next(iter(layers), None)
+
+    def settings(self) -> dict[str, Any]:
+        return {f"{part.name}.{key}": value for part in self.parts for key, value in part.settings().items()}
+
+    def begin(self, prefill: Prefill, embeds: Tensor) -> None:
+        prefill.state["parts"] = [({}, prefill.renumbering) for _ in self.parts]
+        for part in self._each(prefill):
+            part.begin(prefill, embeds)
+
+    def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        for part in self._each(prefill):
+            if layer == 0 and part.needs_all == "first" and len(prefill.present) < prefill.grid.length:
+                raise UserError(f"methods {self.name}: {part.name} compares all visual tokens; put it first")
+            hidden = self._dropped(prefill, layer, *part.before_attention(prefill, layer, hidden))
+        return hidden, None
+
+    def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
+        for part in self._each(prefill):
+            x = part.at_site(prefill, layer, site, x)
+        return x
+
+    def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        for part in self._each(prefill):
+            queries = part.on_attention(prefill, layer, queries, keys, scaling)
+        return queries
+
+    def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
+        return any([part.wants_probabilities(prefill, layer) for part in self._each(prefill)])
+
+    def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
+        for part in self._each(prefill):
+            if part.wants_probabilities(prefill, layer):
+                probabilities = part.on_probabilities(prefill, layer, head, probabilities)
+        return probabilities
+
+    def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        for part in self._each(prefill):
+            hidden = self._dropped(prefill, layer, *part.after_attention(prefill, layer, hidden))
+        return hidden, None
+
+    def end(self, prefill: Prefill) -> None:
+        for part in self._each(prefill):
+            part.end(prefill)
+
+    def _each(self, prefill: Prefill) -> Iterator[Method]:
+        """The parts, each with its own state and its own way with positions."""
+        whole = prefill.state
+        for number, part in enumerate(self.parts):
+            prefill.state, prefill.renumbering = whole["parts"][number]
+            yield part
+            whole["parts"][number] = prefill.state, prefill.renumbering
+        prefill.state, prefill.renumbering = whole, False
+
+    def _dropped(self, prefill: Prefill, layer: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """Drop now what a part does not keep: hidden [T, D] → [k, D]."""
+        if rows is None:
+            return hidden
+        for part in self.parts:
+            if part.needs_all == "always":
+                raise UserError(
+                    f"methods {self.name}: {part.name} needs all visual tokens to the end; stack none that drops"
+                )
+        prefill.drop(layer, rows)
+        return hidden[rows]
+
+
+def _parts(method: Method) -> tuple[Method, ...]:
+    return method.parts if isinstance(method, Stack) else (method,)
 
 
 @dataclass(frozen=True)

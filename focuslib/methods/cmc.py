@@ -43,6 +43,7 @@ class Cmc(Method):
     """
 
     name: ClassVar[str] = "cmc"
+    needs_all: ClassVar[str] = "always"
 
     linear_threshold: float = 0.4
     query_threshold: float = 0.8

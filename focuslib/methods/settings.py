@@ -11,15 +11,30 @@ from pydantic import TypeAdapter
 
 from focuslib.errors import UserError, brief, pick
 from focuslib.methods import METHODS
-from focuslib.methods.base import Method
+from focuslib.methods.base import Method, Stack
 
 
 def make_method(name: str, settings: dict[str, Any] | None = None) -> Method:
     """A method by name. Values may be strings; tuples are written 1,3,5 (or 1:3:5 where commas separate arguments).
 
+    Several methods at once are written vidcom2+focus, and their settings vidcom2.retention.
     Raises UserError for an unknown method, an unknown setting or a value of the wrong type or range.
     """
+    if "+" in name:
+        return _stack(name, settings or {})
     return pick(METHODS, name, "method")(**typed_settings(name, settings or {}))
+
+
+def _stack(name: str, settings: dict[str, Any]) -> Stack:
+    """Several methods at once."""
+    names = name.split("+")
+    own: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in settings.items():
+        part, dot, setting = key.partition(".")
+        if not dot:
+            raise UserError(f"methods {name}: {key}: say whose setting it is, such as {names[0]}.{key}")
+        pick(own, part, f"method of {name}")[setting] = value
+    return Stack(tuple(make_method(part, own[part]) for part in names))
 
 
 def typed_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:

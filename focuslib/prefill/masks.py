@@ -65,12 +65,14 @@ class Origins:
     The model's own mask is sized by one layer's cache, and counts entries where a window counts tokens.
 
     length: tokens of the prompt. padding: [length] bool, or None. kept: layer → original index of each entry of the
-    prompt, None for all. now: index of the token being decoded.
+    prompt, None for all. shifts: layer → by how much later positions fall, where rows were renumbered. now: index of
+    the token being decoded.
     """
 
     length: int
     padding: Tensor | None = None
     kept: list[Tensor | None] = field(default_factory=list)
+    shifts: list[int] = field(default_factory=list)
     now: int = 0
 
     @property

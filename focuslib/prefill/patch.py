@@ -28,8 +28,10 @@ from focuslib.kernels.semantic import attention_rows, seen_keys
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
 from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
+from focuslib.prefill.positions import has_axes, shifted
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
+from focuslib.prefill.tower import Tower, watch
 
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
 
@@ -68,6 +70,8 @@ class _Patch:
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
         self.reached = False
+        self.tower: Tower | None = None
+        self.looking = False  # whether a layer's queries and keys are wanted, and nothing else of it
         self.implementation: str = decoder.config._attn_implementation
         if self.implementation == "flex_attention":
             raise UserError(f"{method.name}: flex_attention hides its masks; load with attn_implementation='sdpa'")
@@ -87,6 +91,8 @@ class _Patch:
             _patches[attention] = self
             undo.callback(_patches.pop, attention, None)
         self._route_attention(attentions, undo)
+        if self.method.watched_layer is not None:
+            self.tower = watch(self.vlm.model, self.decoder, self.method.watched_layer, undo)
         hooks = [
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave),
@@ -165,6 +171,10 @@ class _Patch:
         if grid is None or grid.stop > tokens:
             raise UserError(f"method {self.method.name}: the prompt has no visual tokens; give a video or an image")
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
+        if has_axes(self.decoder):
+            self.prefill.renumbering = None
+        if self.tower is not None:
+            self.tower.done, self.prefill.watched = True, self.tower
         self.method.begin(self.prefill, embeds[0])
 
     def _step(self, past: Cache, seen: int) -> None:
@@ -209,6 +219,8 @@ class _Patch:
             require_mask(self.implementation)
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         prefill.running_mask = partial(self._rows_mask, module, q, k, v, mask, kwargs)
+        if self.looking:
+            raise _Seen(q[0], k[0], scaling)
         q = self.method.on_attention(prefill, layer, q[0], k[0], scaling)[None]
         if self.method.wants_probabilities(prefill, layer):
             return self._explicit_attention(prefill, layer, q[0], k[0], v[0], scaling), None
@@ -245,6 +257,13 @@ class _Patch:
         return out
 
 
+class _Seen(Exception):
+    """A layer's queries [H, T, d], keys [H_kv, T, d] and scaling: ends a look ahead."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, scaling: float):
+        self.queries, self.keys, self.scaling = queries, keys, scaling
+
+
 class _LayerForward:
     """The pre-norm decoder layer's forward with the method's events; the same arithmetic as the stock one.
 
@@ -266,8 +285,11 @@ class _LayerForward:
     def _forward(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,
                  position_embeddings=None, **kwargs) -> Tensor:  # fmt: skip
         patch, layer, index = self.patch, self.layer, self.index
+        if patch.prefill is not None:
+            patch.prefill.coming = partial(self._ahead, attention_mask, position_ids, position_embeddings, kwargs)
         hidden = patch.drop(patch.method.before_attention, index, hidden_states)
         if patch.prefill is not None:
+            patch.prefill.coming = None
             patch.prefill.record.attended.append(len(patch.prefill.present))
         residual = hidden
         hidden = patch.site(index, "q_proj", layer.input_layernorm(hidden))
@@ -289,6 +311,26 @@ class _LayerForward:
         residual = hidden
         hidden = patch.site(index, "gate_proj", layer.post_attention_layernorm(hidden))
         return residual + layer.mlp(hidden)
+
+    def _ahead(self, mask, position_ids, position_embeddings, others: dict, hidden: Tensor):
+        """The queries, keys and scaling of this layer's attention, were `hidden` [T, D] its input."""
+        patch, layer = self.patch, self.layer
+        mask, position_ids, position_embeddings = self._present(mask, position_ids, position_embeddings, others)
+        patch.looking = True
+        try:
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden[None]),
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=None,
+                position_embeddings=position_embeddings,
+                **others,
+            )
+        except _Seen as seen:
+            return seen.queries, seen.keys, seen.scaling
+        finally:
+            patch.looking = False
+        raise UserError(f"{type(layer.self_attn).__name__} does not call one of transformers' attention functions")
 
     def _check(self, prefill: Prefill, hidden: Tensor, arguments: dict) -> None:
         """Refuse a layer of a new kind whose own forward is another one. The method takes no part in this."""
@@ -325,10 +367,14 @@ class _LayerForward:
             prefill.origins.padding = padding_of(mask)
             past.focuslib_origins = prefill.origins
         prefill.origins.kept.append(prefill.kept)
+        prefill.origins.shifts.append(prefill.shift)
 
     def _present(self, mask, position_ids, position_embeddings, others: dict):
         """Mask and positions of the rows still present: the model made them once, for the whole sequence."""
-        prefill = self.patch.prefill
+        prefill, origins = self.patch.prefill, self.patch.origins
+        if prefill is None and origins is not None and (shift := origins.shifts[self.index]):
+            embeddings = shifted(self.patch.decoder, self.index, shift, position_ids, position_embeddings)
+            return mask, position_ids - shift, embeddings
         if prefill is None or prefill.kept is None:
             return mask, position_ids, position_embeddings
         for name, value in others.items():
@@ -337,7 +383,9 @@ class _LayerForward:
                     f"{type(self.layer).__name__} is given `{name}` for every token, which this patch does not drop"
                 )
         named = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": position_embeddings}
-        return tuple(_kept_rows(name, value, prefill.kept) for name, value in named.items())
+        positions = prefill.kept if prefill.positions is None else prefill.positions
+        rows = {"attention_mask": prefill.kept, "position_ids": positions, "position_embeddings": positions}
+        return tuple(_kept_rows(name, value, rows[name]) for name, value in named.items())
 
 
 class _SiteHook:

@@ -15,6 +15,7 @@ from focuslib.grid import Grid
 from focuslib.kernels.similarity import ZERO
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
+from focuslib.prefill.tower import Picture, Shapes, Tower
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
 
@@ -77,6 +78,11 @@ class Prefill:
         self.state: dict[str, Any] = {}
         self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
         self.running_mask: Callable[[], Tensor | None] = lambda: None  # of the layer that runs, set by the patch
+        self.coming: Callable[[Tensor], tuple[Tensor, Tensor, float]] | None = None  # set by the patch before a layer
+        self.watched: Tower | None = None  # set by the patch
+        self.renumbering: bool | None = False  # None: the model cannot
+        self.positions: Tensor | None = None  # original index whose position each row takes; None: each its own
+        self.shift = 0  # by how much the positions of what is decoded fall
 
     @property
     def mask(self) -> Tensor | None:
@@ -86,6 +92,36 @@ class Prefill:
         attention is more than a masked softmax (soft caps, sinks, biases), so that such rows would be wrong.
         """
         return self.running_mask()
+
+    def queries_and_keys(self, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
+        """What the layer about to run would attend with if `hidden` [T, D] entered it; in `before_attention` only.
+
+        For methods that rank before a layer by its own attention. Costs that layer's norm and projections once more.
+        Returns queries [H, T, d] and keys [H_kv, T, d] after rotary embedding, and the scaling; `mask` is that layer's.
+        """
+        if self.coming is None:
+            raise ValueError("queries_and_keys is for before_attention: no layer is about to run")
+        return self.coming(hidden)
+
+    def tower(self, shapes: Shapes) -> Picture:
+        """What the watched layer of the vision tower attended to, pooled to tokens: received [N] and keys [N, d].
+
+        shapes: rows and columns of tokens of each frame, N in all (see tower.Tower.pooled). Of the prompt that was
+        prepared last, inside the method's block.
+        """
+        if self.watched is None:
+            raise ValueError("the method watches no layer of the vision tower; see watched_layer")
+        return self.watched.pooled(shapes)
+
+    def renumber(self, on: bool = True) -> None:
+        """From the next drop on, the rows that are left stand at positions 0, 1, 2 … as if the others had never been.
+
+        The tokens that are decoded follow on. off: later drops leave the positions as they are then. Without effect on
+        models whose positions have several axes (M-RoPE): there the rows keep theirs, as in the methods' own ports.
+        Sliding windows go on counting the original tokens.
+        """
+        if self.renumbering is not None:
+            self.renumbering = on
 
     @property
     def visual(self) -> slice | Tensor:
@@ -130,9 +166,24 @@ class Prefill:
             raise ValueError("a method drops visual tokens only: rows of text are missing from those to go on with")
         self.kept = rows if self.kept is None else self.kept[rows]
         self.length = len(rows)
+        if self.renumbering:
+            self.positions = torch.arange(len(rows), device=rows.device)
+            self.shift = self.origins.length - len(rows)
+        elif self.positions is not None:
+            self.positions = self.positions[rows]
         self.present = self.present[number[visual]]
         self._rows = visual.nonzero().squeeze(1)
         self.record.kept[layer] = self.present.cpu()
+
+    def note_importance(self, importance: Tensor) -> Tensor:
+        """Note, for views, what the visual tokens present are ranked by, [P], the highest stay; gives it back.
+
+        In details as importance, [S] float32, −∞ for tokens that are not there any more.
+        """
+        full = importance.new_full((self.grid.length,), -torch.inf, dtype=torch.float32)
+        full[self.present] = importance.float()
+        self.record.details["importance"] = full.cpu()
+        return importance
 
     def record_rows(self, layer: int, site: str, rows: float) -> None:
         """Say that a layer computes only so many GEMM rows at a site (see ops.counted_operations)."""
@@ -187,6 +238,11 @@ class Events(Protocol):
     def name(self) -> str:
         """The method's name."""
         raise NotImplementedError
+
+    @property
+    def watched_layer(self) -> int | None:
+        """The layer of the vision tower whose attention `prefill.tower` tells, may be from the end; None: none."""
+        ...
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         """A prefill starts. embeds: [T, D] input embeddings."""

@@ -1,0 +1,61 @@
+"""Tokens that repeat the same place of an earlier frame: efficient video sampling (EVS) and DyCoke's prefill half."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focuslib.kernels.semantic import most_important
+
+
+def frame_before(place: Tensor) -> Tensor:
+    """Each token's predecessor: the token of the same place in the nearest earlier frame, −1 where there is none.
+
+    place: [S] int64, equal for the tokens of one place (see Grid.places). Returns [S] int64.
+    """
+    order = place.argsort(stable=True)
+    previous, current = order[:-1], order[1:]
+    linked = place[previous] == place[current]
+    before = torch.full_like(place, -1)
+    before[current[linked]] = previous[linked]
+    return before
+
+
+def temporal_change(x: Tensor, before: Tensor) -> Tensor:
+    """1 − cosine similarity of each token with its predecessor, ∞ where there is none (EVS, arXiv 2510.14624).
+
+    x: [S, D]. before: [S] int64 of `frame_before`. Returns [S] float32.
+    """
+    change = 1 - F.cosine_similarity(x.float(), x[before.clamp(min=0)].float(), dim=1)
+    return change.masked_fill(before < 0, torch.inf)
+
+
+def paired_frames(frames: int) -> list[tuple[int, int]]:
+    """(frame, frame it is compared with) of DyCoke's two passes: odd frames, then every fourth from 2."""
+    return [(i + 1, i) for i in range(0, frames - 1, 2)] + [(i + 2, i) for i in range(0, frames - 4, 4)]
+
+
+def temporal_merge(frames: Tensor, keep: int, *, drop_odd_last: bool = True) -> list[Tensor]:
+    """DyCoke's prefill half: of the compared frames the `keep` tokens that are least like the same place's (CVPR 2025).
+
+    frames: [F, T, D]. drop_odd_last: as published, a last frame without a partner vanishes.
+    Returns for each frame the places that stay, [k] int64, in the published order: the least similar first.
+    """
+    count, tokens, _ = frames.shape
+    kept = [torch.arange(tokens, device=frames.device) for _ in range(count)]
+    for frame, reference in paired_frames(count):
+        similarity = F.cosine_similarity(frames[frame].float(), frames[reference].float(), dim=1)
+        kept[frame] = similarity.sort(stable=True).indices[:keep]
+    if count % 2 and count > 1 and drop_odd_last:
+        kept[-1] = kept[-1][:0]
+    return kept
+
+
+def decoding_choice(attention: Tensor, last: Tensor | None, keep: int, similarity: float = 0.9) -> Tensor | None:
+    """DyCoke's decoding half: the visual entries that this step's later layers see; None: all of them.
+
+    attention: [N] of the new token to the N visual entries, mean over heads; last: of the step before, None in the
+    first. New entries are chosen where the two are less alike than `similarity`. Returns [keep] int64, ascending.
+    """
+    if last is not None and float(F.cosine_similarity(attention, last, dim=0)) >= similarity:
+        return None
+    return most_important(attention, keep)

@@ -1,0 +1,80 @@
+"""Controls: what a method must beat. Visual tokens kept at random or evenly spaced (others: see fewer).
+
+Two benchmarks of the field (arXiv 2511.02650, 2510.07143) found that such controls beat several published methods.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from focuslib.errors import UserError
+from focuslib.kernels.ranking import drawn, evenly_spaced
+from focuslib.kernels.semantic import tokens_to_keep
+from focuslib.methods.base import Method
+from focuslib.methods.budget import check_share, check_target, tokens_for
+from focuslib.prefill.record import Prefill
+
+
+@dataclass(frozen=True)
+class Control(Method):
+    """What the controls share: before layer 0 they keep a number of visual tokens; positions stay, nothing is computed.
+
+    retention: share of the visual tokens that are kept. target_sparsity: keep what makes the counted sparsity this
+    instead; None: retention holds.
+    """
+
+    retention: float = 0.25
+    target_sparsity: float | None = None
+
+    def __post_init__(self):
+        check_share(self.name, "retention", self.retention)
+        check_target(self.name, self.target_sparsity)
+
+    def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if layer > 0:
+            return hidden, None
+        return hidden, prefill.keep(self.choose(prefill, hidden, self.keep(prefill)).to(hidden.device))
+
+    def keep(self, prefill: Prefill) -> int:
+        """How many visual tokens to keep."""
+        if self.target_sparsity is not None:
+            return tokens_for(self.name, prefill, self.target_sparsity)
+        return tokens_to_keep(prefill.grid.length, self.retention, len(prefill.present))
+
+    def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
+        """Which `keep` of the visual tokens present stay: [keep] int64, ascending."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Random(Control):
+    """Visual tokens kept at random.
+
+    retention, target_sparsity: see Control. seed: of the draw; with one seed each prompt has a draw of its own, the
+    same whenever it is run.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seed < 0:
+            raise UserError(f"method random: seed is {self.seed}; it must not be negative")
+
+    def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
+        content = hidden[prefill.visual][0].float().cpu().numpy().tobytes()
+        return drawn(len(prefill.present), keep, zlib.crc32(content, self.seed))
+
+
+@dataclass(frozen=True)
+class Uniform(Control):
+    """Every n-th visual token, in the order of the sequence. retention, target_sparsity: see Control."""
+
+    name: ClassVar[str] = "uniform"
+
+    def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
+        return evenly_spaced(len(prefill.present), keep)
