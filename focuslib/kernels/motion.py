@@ -1,22 +1,26 @@
 """Motion search of CMC: for every visual token, the nearest token of a reference frame by L1 distance (SAD).
 
 Paper: CMC (ASPLOS 2024), inter-frame motion compensation as in a video codec. Pure functions on tensors.
-The search is exact: bounds from block sums (successive elimination) only spare distances that cannot matter, and
-the distances that are left are `torch.cdist(p=1)` in float32, the exhaustive search's own arithmetic.
+The search is exact: bounds from block sums (successive elimination), and distances added in another order where a
+compiler makes them cheap, only spare distances that cannot matter. Those that are left are `torch.cdist(p=1)` in
+float32, the exhaustive search's own arithmetic.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from focuslib.kernels.compiled import Compiled
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
 ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail interval replaces
-_COARSE, _FINE = 64, 8  # channels a block of the two bounds
+_COARSE, _FINE = 64, 16  # channels a block of the two bounds
+_NARROW = 4 * _COARSE  # channels up to which bounds spare too little
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
 _ROUNDOFF = 2.0**-24  # of one float32 operation
 _FEW = 1 << 20  # differences of channels up to which computing all distances costs less than sparing any
+_ENTRY = 16  # differences that take as long as what a compiled function does to an entry by default
 
 # Working set of one block of tokens. On a CPU it has to stay small and near the core; on a GPU it only bounds memory.
 _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -24,8 +28,12 @@ _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 @dataclass
 class _Blocks:
-    """Block sums of N rows: sums [N, ceil(D / _FINE)], norm [N] (L1), used: how many blocks are not zero at the end."""
+    """Rows [N, D] float32 and their sums over coarse blocks [N, ceil(D / _COARSE)]; norm [N] (L1).
 
+    used: how many coarse blocks are not zero in all rows at the end, at least one.
+    """
+
+    rows: Tensor
     sums: Tensor
     norm: Tensor
     used: int
@@ -37,15 +45,18 @@ def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32.
     Returns [N] int64: 0 … P − 1, or INFORMATIVE.
 
-    Extra memory: [P, D / 8] for the reference's block sums, and a working set of a few MiB. Fast where most distances
-    are far above `limit` or the best one; where all are nearly equal, every one has to be computed.
+    Extra memory: a working set of a few MiB, or of [N, P] where that is more. Fast where most distances are far above
+    `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
     reference = reference.float()
-    if tokens.shape[0] * reference.numel() <= _FEW:
+    differences = tokens.shape[0] * reference.numel()
+    if differences <= _FEW:
         return _nearest(torch.cdist(tokens.float(), reference, p=1), limit)
+    if tokens.shape[1] <= _NARROW:
+        return _exhaustive(tokens.float(), reference, limit)
     blocks = _block_sums(reference)
-    parts = tokens.split(_FINE * _rows_in_budget(tokens))  # the block sums of a part fit the budget
-    return torch.cat([_search(part.float(), reference, blocks, limit) for part in parts])
+    parts = max(1, len(tokens) // (8 * _rows_in_budget(tokens)))  # of more rows than that, a few operations each
+    return torch.cat([_search(part.float(), blocks, limit) for part in tokens.chunk(parts)])
 
 
 def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
@@ -98,38 +109,60 @@ def compensate(tokens: Tensor, match: Tensor) -> None:
 
     A matching token matches itself, so the order does not matter.
     """
-    tokens[match == ZEROED] = 0
+    zeroed = torch.nonzero(match == ZEROED).squeeze(1)
+    if len(zeroed):
+        tokens.index_fill_(0, zeroed, 0)
     own = torch.arange(len(match), device=match.device)
     replaced = torch.nonzero((match >= 0) & (match != own)).squeeze(1)
     for rows in replaced.split(_rows_in_budget(tokens)):
         tokens.index_copy_(0, rows, tokens.index_select(0, match.index_select(0, rows)))
 
 
-def _search(rows: Tensor, reference: Tensor, reference_blocks: _Blocks, limit: float) -> Tensor:
+def _search(rows: Tensor, reference: _Blocks, limit: float) -> Tensor:
     """`motion_search` of one block of float32 rows."""
     match = torch.full((len(rows),), INFORMATIVE, device=rows.device)
     blocks = _block_sums(rows)
-    used = max(blocks.used, reference_blocks.used)
-    alive = torch.arange(len(rows), device=rows.device)
+    used = max(blocks.used, reference.used)
+    alive, bound = None, None
     for size in (_COARSE, _FINE):
-        bound = _lower_bounds(blocks, alive, reference_blocks, used, size, rows.shape[1])
-        possible = (bound < limit).any(1)
-        alive, bound = alive[possible], bound[possible]
-        if len(alive) == 0:
+        bound = _lower_bounds(blocks, alive, reference, used, size, rows.shape[1])
+        possible = torch.nonzero((bound < limit).any(1)).squeeze(1)
+        if len(possible) == 0:
             return match
+        if len(possible) < len(bound):
+            alive, bound = possible if alive is None else alive[possible], bound[possible]
     # zero channels at the end (a causal attention matrix has them) add nothing to a distance
-    rows, reference = rows[:, : used * _FINE], reference[:, : used * _FINE]
+    rows, other = rows[:, : used * _COARSE], reference.rows[:, : used * _COARSE]
+    alive = torch.arange(len(rows), device=rows.device) if alive is None else alive
 
     likely = bound.argmin(1)
-    cutoff = _picked_distances(rows, reference, alive, likely).clamp(max=limit)
-    left = bound <= cutoff[:, None]
+    distance = _picked_distances(rows, other, alive, likely)
+    left = bound <= distance.clamp(max=limit)[:, None]
     if left.sum() > _DENSE_SHARE * left.numel():
-        distance = _all_distances(rows[alive], reference)
-    else:
-        row, candidate = torch.nonzero(left, as_tuple=True)
-        distance = bound.fill_(torch.inf)
-        distance[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
-    match[alive] = _nearest(distance, limit)
+        match[alive] = _exhaustive(rows[alive], other, limit)
+        return match
+    bound.fill_(torch.inf).scatter_(1, likely[:, None], distance[:, None])
+    row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
+    if len(row):
+        bound[row, candidate] = _picked_distances(rows, other, alive[row], candidate)
+    match[alive] = _nearest(bound, limit)
+    return match
+
+
+def _exhaustive(rows: Tensor, reference: Tensor, limit: float) -> Tensor:
+    """`motion_search` by all distances. rows, reference: float32.
+
+    Compiled code adds the channels in another order than cdist. It decides where no order could decide otherwise.
+    """
+    if not _compiled_nearest.wanted(rows, reference):
+        return _nearest(_all_distances(rows, reference), limit)
+    least, best, second = _compiled_nearest(rows, reference)
+    doubt = 4 * rows.shape[1] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
+    match = torch.where(least < limit, best, INFORMATIVE)
+    sure = (second * (1 - doubt) > least) & ((least - limit).abs() > doubt * least)
+    unsure = torch.nonzero(~sure).squeeze(1)
+    if len(unsure):
+        match[unsure] = _nearest(_all_distances(rows.index_select(0, unsure), reference), limit)
     return match
 
 
@@ -140,43 +173,71 @@ def _nearest(distance: Tensor, limit: float) -> Tensor:
 
 
 def _block_sums(x: Tensor) -> _Blocks:
-    """Block sums of rows [N, D] float32."""
-    norm = torch.linalg.vector_norm(x, ord=1, dim=1)
-    nonzero = torch.nonzero(x.any(0))
-    # whole coarse blocks, so that cdist adds the channels in use in the same order as it adds all
-    width = -(-(int(nonzero[-1]) + 1) // _COARSE) * _COARSE if len(nonzero) else _COARSE
-    whole = x.shape[1] // _FINE * _FINE
-    sums = x[:, :whole].unflatten(1, (-1, _FINE)).sum(-1)
-    if whole < x.shape[1]:
-        sums = torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], dim=1)
-    return _Blocks(sums, norm, width // _FINE)
+    """The coarse block sums of rows [N, D] float32."""
+    parts = [x] if _compiled_sums.wanted(x) else x.split(_rows_in_budget(x))
+    sums, absolute = (torch.cat(blocks) for blocks in zip(*map(_compiled_sums, parts), strict=True))
+    nonzero = torch.nonzero(absolute.sum(0))
+    return _Blocks(x, sums, absolute.sum(1), int(nonzero[-1]) + 1 if len(nonzero) else 1)
 
 
-def _lower_bounds(a: _Blocks, rows: Tensor, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
-    """Lower bounds, from blocks of `size` channels, of the L1 distances of a's `rows` to all of b ([N, P]).
+def _lower_bounds(a: _Blocks, rows: Tensor | None, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
+    """Lower bounds, from blocks of `size` channels, of the L1 distances of a's `rows` (None: all) to all of b: [N, P].
 
     |Σ a − Σ b| ≤ Σ |a − b| in every block. What rounding can have added to the bound, or can take from the distance,
     is taken off, so that it holds for the distances as float32 arithmetic gives them.
     """
-    step = size // _FINE
-    own, other = _coarser(a.sums[:, :used], step)[rows], _coarser(b.sums[:, :used], step)
-    bound = torch.cdist(own, other, p=1).mul_(1 - 2 * channels * _ROUNDOFF)
-    norms = a.norm[rows, None] + b.norm
-    return bound.sub_(norms, alpha=2 * _COARSE * _ROUNDOFF)
+    own, other, norm = a.sums[:, :used], b.sums[:, :used], a.norm
+    if size != _COARSE:
+        own, other = a.rows[:, : used * _COARSE], b.rows[:, : used * _COARSE]
+    if rows is not None:
+        own, norm = own.index_select(0, rows), norm.index_select(0, rows)
+    if size != _COARSE:
+        own, other = _sums(own, size), _sums(other, size)
+    bound = _compiled_distances(own, other).mul_(1 - 2 * channels * _ROUNDOFF)
+    return bound.sub_(norm[:, None] + b.norm, alpha=2 * _COARSE * _ROUNDOFF)
 
 
-def _coarser(sums: Tensor, step: int) -> Tensor:
-    """Sums of `step` neighbouring block sums each: [N, K] → [N, ceil(K / step)]."""
-    if step == 1:
-        return sums
-    return F.pad(sums, (0, -sums.shape[1] % step)).unflatten(1, (-1, step)).sum(-1)
+def _sums(x: Tensor, size: int) -> Tensor:
+    """Sums of blocks of `size` channels, the last block being what is left: [N, D] → [N, ceil(D / size)]."""
+    whole = x.shape[1] // size * size
+    sums = x[:, :whole].unflatten(1, (-1, size)).sum(-1)
+    return sums if whole == x.shape[1] else torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], dim=1)
+
+
+def _coarse_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Coarse block sums of rows [N, D], and of their absolute values: [N, ceil(D / _COARSE)] each."""
+    return _sums(x, _COARSE), _sums(x.abs(), _COARSE)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distances of all pairs: [N, D], [P, D] → [N, P]. Compiled code adds the channels in an order of its own."""
+    return (a[:, None] - b).abs().sum(-1) if torch.compiler.is_compiling() else torch.cdist(a, b, p=1)
+
+
+def _two_nearest(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The least L1 distance of each row, which reference row has it, and the least of the others: [N] each."""
+    distance = _distances(rows, reference)
+    least, best = distance.min(1)
+    own = torch.arange(reference.shape[0], device=rows.device) == best[:, None]
+    return least, best, distance.masked_fill(own, torch.inf).amin(1)
+
+
+def _work(a: Tensor, b: Tensor) -> int:
+    """What all distances of rows [N, D] to [P, D] are worth, in entries."""
+    return a.shape[0] * b.numel() // _ENTRY
+
+
+_compiled_sums = Compiled(_coarse_sums)
+_compiled_distances = Compiled(_distances, size=_work)
+_compiled_nearest = Compiled(_two_nearest, size=_work)
 
 
 def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
     """L1 distances of pairs of rows: row, candidate [K] int64 → [K]."""
     step = _rows_in_budget(rows)
     pieces = [
-        _pair_distances(rows[r], reference[c]) for r, c in zip(row.split(step), candidate.split(step), strict=True)
+        _pair_distances(rows.index_select(0, r), reference.index_select(0, c))
+        for r, c in zip(row.split(step), candidate.split(step), strict=True)
     ]
     return torch.cat(pieces)
 

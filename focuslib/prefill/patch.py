@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
-from focuslib.kernels.semantic import attention_rows, seen_keys
+from focuslib.kernels.semantic import attention_rows, causal_attention
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
 from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
@@ -234,13 +234,17 @@ class _Patch:
         """Attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
         group, mask = q.shape[0] // k.shape[0], prefill.mask
         rows = torch.arange(q.shape[1], device=q.device)
-        mask = seen_keys(rows, q.shape[1])[None] if mask is None else mask
         out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
+        memory: Tensor | None = None
         for head in range(q.shape[0]):
             kv = slice(head // group, head // group + 1)
-            own = mask if len(mask) == 1 else mask[head : head + 1]
-            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling, own)[0]
-            probabilities = self.method.on_probabilities(prefill, layer, head, probabilities)
+            own = q[head : head + 1]
+            if mask is None:
+                matrix = causal_attention(own, k[kv], scaling, memory)
+                memory = None if matrix.requires_grad else matrix
+            else:
+                matrix = attention_rows(own, k[kv], rows, scaling, mask if len(mask) == 1 else mask[head : head + 1])
+            probabilities = self.method.on_probabilities(prefill, layer, head, matrix[0])
             out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
         return out
 
