@@ -27,7 +27,7 @@ from focuslib.methods import Cmc, Dense, Focus
 from focuslib.models import TinyOnevision
 from focuslib.models.checkpoint import resolve_folder
 from focuslib.models.fingerprint import LARGE, fingerprint
-from focuslib.report.tables import accuracy_table, comparison_table, failures_table
+from focuslib.report.tables import accuracy_table, average_table, comparison_table, failures_table, layout_of_table_two
 
 COMMON = {"model": "tiny_onevision", "dataset": "tinyvideo_motion", "limit": 2, "device": "cpu", "dtype": "float32"}
 
@@ -137,7 +137,9 @@ def test_a_fault_costs_one_question(checkpoint, tmp_path, monkeypatch, where, er
     (failure,) = result.failures
     assert str(error).split("\n")[0] in failure["error"] and "\n" not in failure["error"]
     assert failure.get("final", False) == final and len(result.answered) == 3
-    assert comparison_table([result])["Failed"].tolist() == [1]
+    table = comparison_table([result])
+    for fed in (table, average_table(table), layout_of_table_two([result])):
+        assert (fed["Failed"] == 1).all() and (fed["Questions"].astype(int) == 4).all() and len(fed)
     assert failures_table([result])["Why"].tolist() == [failure["error"]]
     assert failure["error"] in outcome.summary()
 

@@ -82,8 +82,8 @@ def read_tuning(path: Path) -> Tuning:
 def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
     """Run every search of a profile; writes folder/tuning/<search>.csv each, and chosen.csv, which is returned.
 
-    chosen.csv has one row a search (and data set, for a bisection): its settings, its score, the difference to dense
-    and the counted sparsity. What is there from an earlier run is not run again.
+    chosen.csv has one row a search (and data set, for a bisection): its settings, the counted sparsity and, for a grid,
+    the score and its difference to dense. What is there from an earlier run is not run again.
     """
     tuning, target = read_tuning(params_folder() / profile / "tuning.yaml"), folder / "tuning"
     folder = target  # its cells too: they are no results of an experiment
@@ -101,7 +101,8 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
                 {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE,
                 workers=tuning.workers,
             )  # fmt: skip
-            write(table, target / f"matched_{name}_{dataset.removesuffix('_tune')}.csv")
+            table = table.drop(columns=["Score", "Difference"])  # a budget is matched, whatever the answers are
+            write(table, target / f"matched_{name}_{dataset}.csv")
             chosen.append({"Search": f"matched_{name}", "Datasets": dataset, **bisection.fixed, **table.iloc[0]})
     result = pd.DataFrame(chosen)
     write(result, target / "chosen.csv")

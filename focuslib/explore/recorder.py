@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.semantic import prompt_importance
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, num_vectors
 from focuslib.methods import Method
@@ -116,7 +116,7 @@ class Recording:
     candidates: distance in tokens and (frames, rows, columns) of each candidate.
     """
 
-    grid: VisualGrid
+    grid: Grid
     sites: dict[str, SiteView]
     dropped: np.ndarray
     candidates: list[tuple[int, tuple[int, int, int]]]
@@ -127,7 +127,7 @@ class Recording:
     importance: np.ndarray | None = None
 
 
-def candidates(grid: VisualGrid, frame_block: int, block: int) -> list[tuple[int, tuple[int, int, int]]]:
+def candidates(grid: Grid, frame_block: int, block: int) -> list[tuple[int, tuple[int, int, int]]]:
     """Distance and (frames, rows, columns) of each candidate, in the order of VisualGrid.block_offsets."""
     ranges = (min(frame_block, grid.num_frames), min(block, grid.height), min(block, grid.width))
     places = [place for place in product(range(ranges[0]), range(ranges[1]), range(ranges[2])) if any(place)]
@@ -173,14 +173,12 @@ class Recorder(Events):
         return self.method.at_site(prefill, layer, site, x)
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-        visual = prefill.visual
-        self._observe(prefill, layer, "query", queries[:, visual].transpose(0, 1).flatten(1))
+        self._observe(prefill, layer, "query", queries[:, prefill.visual].transpose(0, 1).flatten(1))
         queries = self.method.on_attention(prefill, layer, queries, keys, scaling)
-        if visual.stop < queries.shape[1]:
+        if prefill.question < queries.shape[1]:
             row = torch.zeros(prefill.grid.length)
-            row[prefill.present.cpu()] = prompt_importance(
-                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
-            ).cpu()
+            importance = prompt_importance(queries, keys, 0, prefill.question, scaling, prefill.mask)
+            row[prefill.present.cpu()] = importance[prefill.visual].cpu()
             self.importance.append(row)
         return queries
 

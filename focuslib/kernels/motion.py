@@ -6,7 +6,9 @@ compiler makes them cheap, only spare distances that cannot matter. Those that a
 float32, the exhaustive search's own arithmetic.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,42 +72,48 @@ def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
 
 
 def frame_matches(
-    tokens: Tensor, frame_size: int, threshold: float, *, interval: int = 8, i_frame: int = 3, search=motion_search,
-    zero_tail: bool = True,
+    tokens: Tensor, frames: int | Sequence[int], threshold: float, *, interval: int = 8, i_frame: int = 3,
+    search=motion_search, zero_tail: bool = True,
 ) -> Tensor:  # fmt: skip
     """Motion search of whole frames: the token each visual token is replaced by.
 
-    tokens: [F·P, D], frame after frame, P = frame_size. Frames are grouped into intervals; frame number `i_frame` of an
-    interval is its I-frame. A token matches if its distance is below threshold · D.
-    Returns [F·P] int64: the index (0 … F·P − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
+    tokens: [S, D], frame after frame. frames: the number of tokens of each frame, one for all or one a frame.
+    Frames are grouped into intervals; frame number `i_frame` of an interval is its I-frame. A token matches if its
+    distance is below threshold · D.
+    Returns [S] int64: the index (0 … S − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
     match themselves, or the first that is equal (newline tokens are).
     zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens
     of a norm below the limit are ZEROED; else they are all informative.
     """
     limit = threshold * tokens.shape[1]
     match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
-    for start in range(0, len(tokens), interval * frame_size):
-        first = start + i_frame * frame_size
-        if first >= len(tokens):
+    sizes = [frames] * -(-len(tokens) // frames) if isinstance(frames, int) else frames
+    starts = [min(start, len(tokens)) for start in accumulate(sizes, initial=0)]
+    for number in range(0, len(sizes), interval):
+        members = slice(starts[number], starts[min(number + interval, len(sizes))])
+        if number + i_frame >= len(sizes):
             if zero_tail:
                 zeros = tokens.new_zeros((1, tokens.shape[1]), dtype=torch.float32)
-                near = torch.cdist(tokens[start:].float(), zeros, p=1).squeeze(1) < limit
-                match[start:] = torch.where(near, ZEROED, INFORMATIVE)
+                near = torch.cdist(tokens[members].float(), zeros, p=1).squeeze(1) < limit
+                match[members] = torch.where(near, ZEROED, INFORMATIVE)
             break
-        members = slice(start, min(start + interval * frame_size, len(tokens)))
-        found = search(tokens[members], tokens[first : first + frame_size], limit)
+        first, last = starts[number + i_frame : number + i_frame + 2]
+        found = search(tokens[members], tokens[first:last], limit)
         match[members] = torch.where(found >= 0, found + first, INFORMATIVE)
     return match
 
 
-def replaced_share(match: Tensor, frame_size: int, *, interval: int = 8, i_frame: int = 3) -> float:
-    """CMC's sparsity: the share of the tokens that have a match, I-frames and tails without one being informative."""
-    frame = torch.arange(len(match), device=match.device) // frame_size
+def replaced_share(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> float:
+    """CMC's sparsity: the share of the tokens that have a match, I-frames and tails without one being informative.
+
+    match: [S]. frames: the number of tokens of every frame, or each token's frame, [S] int64.
+    """
+    frame = torch.arange(len(match), device=match.device) // frames if isinstance(frames, int) else frames
     return int(((match >= 0) & (frame % interval != i_frame)).sum()) / len(match)
 
 
 def compensate(tokens: Tensor, match: Tensor) -> None:
-    """Replace, in place, the tokens that have a match by it. tokens: [F·P, D], match: [F·P] of `frame_matches`.
+    """Replace, in place, the tokens that have a match by it. tokens: [S, D], match: [S] of `frame_matches`.
 
     A matching token matches itself, so the order does not matter.
     """

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled, wants_compiling
 
 ITSELF = 0  # code of a vector that no candidate is similar enough to
@@ -46,7 +46,7 @@ def num_vectors(channels: int, vector_size: int) -> int:
 def concentrate(
     x: Tensor,
     positions: Tensor,
-    grid: VisualGrid,
+    grid: Grid,
     *,
     threshold: float,
     vector_size: int = 32,
@@ -60,7 +60,7 @@ def concentrate(
     """Concentrate similar vectors of neighbouring visual tokens.
 
     x: [T, D] float32, bfloat16 or float16: the visual tokens still present, in sequence order.
-    positions: [T] int64, ascending: each token's place p in the original visual run (0 … S − 1).
+    positions: [T] int64, ascending: each token's number p among the original visual tokens (0 … S − 1).
     threshold: a vector is similar if its best cosine similarity is strictly above this; not negative.
     m_tile: tokens a GEMM tile; tokens of different tiles are never compared. None or −1: one tile.
     max_doublings: pointer-doubling steps; None: as published, the number of frames.
@@ -101,7 +101,7 @@ def concentrate(
 
 def candidate_rows(
     positions: Tensor,
-    grid: VisualGrid,
+    grid: Grid,
     frame_block: int,
     block: int,
     m_tile: int | None,
@@ -109,18 +109,17 @@ def candidate_rows(
 ) -> Tensor:
     """The row that a vector with each code points to, [C + 1, T] int64: its own, then its candidates' rows.
 
-    T where a candidate is outside the run, not present or in another tile. nonzero: [T], which tokens are not entirely
+    T where a candidate does not exist, is not present or in another tile. nonzero: [T], which tokens are not entirely
     zero, if some are: they have no place in a tile. The rest: as `concentrate`.
     """
-    offsets = grid.block_offsets(frame_block, block)
-    if len(offsets) > MAX_CANDIDATES:
-        raise ValueError(f"a block of {len(offsets)} candidates is too large; at most {MAX_CANDIDATES}")
+    candidates = len(grid.block_places(frame_block, block))
+    if candidates > MAX_CANDIDATES:
+        raise ValueError(f"a block of {candidates} candidates is too large; at most {MAX_CANDIDATES}")
     own = torch.arange(len(positions), device=positions.device)  # [T]
     missing = len(positions)
     row_of = positions.new_full((grid.length + 1,), missing)  # [S + 1]
     row_of[positions] = own
-    source = positions - torch.tensor(offsets, dtype=torch.long, device=positions.device)[:, None]  # [C, T]
-    rows = row_of[source.clamp_(min=-1)]
+    rows = row_of[grid.candidates(positions, frame_block, block).clamp_(min=-1)]  # [C, T]
     if m_tile is not None and m_tile != -1:
         number = own if nonzero is None else (nonzero.cumsum(0) - 1).clamp(min=0)
         tile = F.pad(number // m_tile, (0, 1), value=-1)  # [T + 1]

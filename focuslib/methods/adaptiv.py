@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.similarity import resolve_pointers
 from focuslib.methods.base import Method
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
@@ -42,45 +42,46 @@ class Adaptiv(Method):
         prefill.record.stats["sparsity"] = int((direction != KEPT).sum()) / len(direction)
         prefill.record.details["direction"] = direction.cpu()
         prefill.record.details["root"] = merge_roots(direction, prefill.grid).cpu()
-        keep = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        keep[prefill.visual] = direction == KEPT
-        return hidden, torch.nonzero(keep).squeeze(1)
+        return hidden, prefill.keep(direction == KEPT)
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
         return record.stats["sparsity"]
 
     def links(self, record: PrefillRecord) -> Links:
         grid, kind = record.grid, record.details["direction"].numpy()
-        target = np.arange(grid.length) - np.array([0, grid.height_stride, grid.width_stride])[kind]
+        target = merge_targets(record.details["direction"], grid).numpy()
         kinds = ("kept", "merged into the token above", "merged into the token to the left")
         return Links("merge direction", kinds, target.astype(np.int32), kind)
 
 
-def sign_similarity(x: Tensor, distance: int) -> Tensor:
-    """Σ sign(a)·sign(b) / D of each token and the one `distance` before it, 0 where there is none: [S, D] → [S]."""
-    signs = x.sign()
-    agreement = (signs[distance:] * signs[:-distance]).sum(1, dtype=torch.float32) / x.shape[1]
-    return torch.cat([agreement.new_zeros(min(distance, len(x))), agreement])
+def sign_similarity(signs: Tensor, other: Tensor) -> Tensor:
+    """Σ sign(a)·sign(b) / D of each token and its neighbour, 0 where there is none.
+
+    signs: [S, D]. other: [S] int64, the neighbour's number, < 0 where there is none. → [S] float32.
+    """
+    agreement = (signs * signs[other.clamp(min=0)]).sum(1, dtype=torch.float32) / signs.shape[1]
+    return agreement.masked_fill_(other < 0, 0)
 
 
-def merge_directions(x: Tensor, grid: VisualGrid, threshold: float) -> Tensor:
+def merge_directions(x: Tensor, grid: Grid, threshold: float) -> Tensor:
     """Which visual tokens are merged, and which way: x [S, D] → [S] uint8. Up wins a tie.
 
-    Never merged: tokens of a frame's first row or first column and, if the media has more frames than one, the first
-    `frame_stride` tokens (published: also where that is more than a frame, as with MiniCPM-V's uncut frames).
+    Never merged: tokens of a frame's first row or first column, and of a video's first frame (see Grid.inner).
     """
-    up, left = sign_similarity(x, grid.height_stride), sign_similarity(x, grid.width_stride)
+    signs = x.sign()
+    up, left = (sign_similarity(signs, other.to(x.device)) for other in grid.above_and_left())
     direction = torch.where(up >= left, MERGED_UP, MERGED_LEFT).to(torch.uint8)
-    position = torch.arange(len(x), device=x.device)
-    within = position % grid.frame_size
-    allowed = (within >= grid.height_stride) & (within % grid.height_stride >= grid.width_stride)
-    if not grid.one_picture:
-        allowed &= position >= grid.frame_stride
+    allowed = grid.inner().to(x.device)
     return torch.where(allowed & (torch.maximum(up, left) >= threshold), direction, KEPT)
 
 
-def merge_roots(direction: Tensor, grid: VisualGrid) -> Tensor:
+def merge_targets(direction: Tensor, grid: Grid) -> Tensor:
+    """The neighbour that each token is merged into, or itself: [S] uint8 → [S] int64."""
+    above, left = (other.to(direction.device) for other in grid.above_and_left())
+    itself = torch.arange(len(direction), device=direction.device)
+    return torch.where(direction == MERGED_UP, above, torch.where(direction == MERGED_LEFT, left, itself))
+
+
+def merge_roots(direction: Tensor, grid: Grid) -> Tensor:
     """The kept token that each token is merged into, directly or by way of others: [S] uint8 → [S] int64."""
-    distances = torch.tensor([0, grid.height_stride, grid.width_stride], device=direction.device)
-    pointer = torch.arange(len(direction), device=direction.device) - distances[direction.long()]
-    return resolve_pointers(pointer, len(pointer).bit_length())
+    return resolve_pointers(merge_targets(direction, grid), len(direction).bit_length())

@@ -7,9 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from focuslib.errors import UserError
-from focuslib.kernels.motion import ZEROED, compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.errors import InputError, UserError
+from focuslib.kernels.motion import (
+    INFORMATIVE,
+    ZEROED,
+    compensate,
+    frame_matches,
+    motion_search,
+    replaced_share,
+    same_position,
+)
 from focuslib.methods.base import Method
+from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.methods.frames import require_frames
 from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
@@ -23,7 +32,8 @@ class Cmc(Method):
     linear_threshold: on the input embeddings, once; those matches hold for the inputs of every linear layer.
     query_threshold: on each layer's and head's queries. score_threshold: on each layer's and head's attention rows.
     interval: frames an interval. i_frame: which of them is the I-frame, from 0.
-    skip_score_layers: layers whose attention rows are left alone (published: the last of 28).
+    skip_score_layers: layers whose attention rows are left alone (published: the last of 28), as numbers or as shares
+    of the depth (see depth.layer_numbers).
     simplified: compare tokens of the same position only, instead of searching the whole I-frame.
     tail: what happens in a last interval too short to have an I-frame: "published" replaces its tokens of small norm by
     the zeros that the frames were padded with, "leave" does nothing. Either way they count as computed.
@@ -39,12 +49,13 @@ class Cmc(Method):
     score_threshold: float = 5e-5
     interval: int = 8
     i_frame: int = 3
-    skip_score_layers: tuple[int, ...] = (27,)
+    skip_score_layers: tuple[int | float, ...] = (27,)
     simplified: bool = False
     tail: str = "published"
 
     def __post_init__(self):
-        object.__setattr__(self, "skip_score_layers", tuple(self.skip_score_layers))
+        skipped = checked_layers("method cmc: skip_score_layers", self.skip_score_layers)
+        object.__setattr__(self, "skip_score_layers", skipped)
         for name in ("linear_threshold", "query_threshold", "score_threshold"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"method cmc: {name} is {getattr(self, name)}; it must not be negative")
@@ -56,8 +67,6 @@ class Cmc(Method):
             )
         if self.tail not in ("published", "leave"):
             raise UserError(f"method cmc: tail is {self.tail!r}; it must be published or leave")
-        if any(layer < 0 for layer in self.skip_score_layers):
-            raise UserError(f"method cmc: skip_score_layers {self.skip_score_layers} must be layer numbers from 0")
 
     @property
     def emulates(self) -> bool:
@@ -65,12 +74,17 @@ class Cmc(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
+        if self.simplified and any(len(set(frames)) > 1 for frames in prefill.grid.media):
+            raise InputError("method cmc: simplified compares tokens of one place; the frames here differ in size")
         prefill.state |= {"query": [], "score": [], "scored": []}
+        prefill.state["frame"] = prefill.grid.frame_of().to(embeds.device)
         prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
         x = x.clone()
-        compensate(x[prefill.visual], prefill.state["linear"])
+        visual = x[prefill.visual]
+        compensate(visual, prefill.state["linear"])
+        prefill.write(x, visual)
         return x
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -79,7 +93,7 @@ class Cmc(Method):
         return queries
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
-        return layer not in self.skip_score_layers
+        return layer not in layer_numbers(self.skip_score_layers, prefill.shape.layers)
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         if head == 0:
@@ -110,9 +124,9 @@ class Cmc(Method):
 
     def links(self, record: PrefillRecord) -> Links:
         match, itself = record.details["linear_match"].numpy(), np.arange(record.grid.length)
-        size = record.grid.tokens_per_frame
-        in_i_frame = (itself // size) % self.interval == self.i_frame
-        kind = np.select([match < 0, in_i_frame, match % size == itself % size], [0, 1, 2], 3)
+        in_i_frame = record.grid.frame_of().numpy() % self.interval == self.i_frame
+        places = record.grid.places().numpy()
+        kind = np.select([match < 0, in_i_frame, places[match] == places], [0, 1, 2], 3)
         alone = "computed itself"
         if (match == ZEROED).any():
             alone = "computed itself, or zeroed in a last interval without an I-frame"
@@ -125,15 +139,24 @@ class Cmc(Method):
         visual = rows[prefill.visual]
         match = self._matches(prefill, visual, threshold)
         compensate(visual, match)
+        prefill.write(rows, visual)
         return self._share(prefill, match)
 
     def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
         search = same_position if self.simplified else motion_search
-        frame = prefill.grid.tokens_per_frame
-        return frame_matches(
-            visual, frame, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
-            zero_tail=self.tail == "published",
-        )  # fmt: skip
+        matches, first = [], 0
+        for frames in prefill.grid.media:
+            medium = visual[first : first + sum(frames)]
+            if len(frames) == 1:  # an image has nothing to be compensated from
+                match = torch.full((len(medium),), INFORMATIVE, device=visual.device)
+            else:
+                match = frame_matches(
+                    medium, frames, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
+                    zero_tail=self.tail == "published",
+                )  # fmt: skip
+            matches.append(torch.where(match >= 0, match + first, match) if first else match)
+            first += len(medium)
+        return torch.cat(matches)
 
     def _share(self, prefill: Prefill, match: Tensor) -> float:
-        return replaced_share(match, prefill.grid.tokens_per_frame, interval=self.interval, i_frame=self.i_frame)
+        return replaced_share(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)

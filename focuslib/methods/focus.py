@@ -1,5 +1,6 @@
 """Focus: prompt-guided token pruning (SEC) and similarity concentration before every GEMM (SIC). HPCA 2026."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.semantic import most_important, prompt_importance, tokens_to_keep
 from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, candidate_rows, concentrate, num_vectors
 from focuslib.methods.base import Method
+from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.prefill.ops import concentrated_operations, dense_operations
 from focuslib.prefill.record import Prefill, PrefillRecord
 from focuslib.prefill.trace import BlockGeometry
@@ -20,8 +22,9 @@ from focuslib.prefill.trace import BlockGeometry
 class Focus(Method):
     """Focus, with the published defaults of a 28-layer model.
 
-    selected_layers: layers after whose attention visual tokens are pruned (SEC). retention: share of the original
-        visual tokens each of them keeps (α). similarity_threshold: cosine similarity above which vectors merge (τ).
+    selected_layers: layers after whose attention visual tokens are pruned (SEC): their numbers, or shares of the depth
+        (see depth.layer_numbers). retention: share of the original visual tokens each of them keeps (α).
+    similarity_threshold: cosine similarity above which vectors merge (τ).
     vector_size: channels a vector. frame_block, block: candidates lie up to frame_block − 1 frames and block − 1 rows
         and columns away. m_tile: tokens a GEMM tile, −1 for one tile. full_resolution: follow pointers to the root
         always (published: at most num_frames doublings, which stops early for single images).
@@ -30,7 +33,7 @@ class Focus(Method):
 
     name: ClassVar[str] = "focus"
 
-    selected_layers: tuple[int, ...] = (2, 5, 8, 16, 25)
+    selected_layers: tuple[int | float, ...] = (2, 5, 8, 16, 25)
     retention: tuple[float, ...] = (0.4, 0.3, 0.2, 0.15, 0.1)
     similarity_threshold: float = 0.9
     vector_size: int = 32
@@ -41,17 +44,16 @@ class Focus(Method):
     sec_only: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "selected_layers", tuple(self.selected_layers))
+        layers = checked_layers("method focus: selected_layers", self.selected_layers)
+        object.__setattr__(self, "selected_layers", layers)
         object.__setattr__(self, "retention", tuple(self.retention))
         if len(self.selected_layers) != len(self.retention):
             raise UserError(
                 f"method focus: selected_layers has {len(self.selected_layers)} entries and retention "
                 f"{len(self.retention)}; give one retention a layer"
             )
-        if list(self.selected_layers) != sorted(set(self.selected_layers)) or min(self.selected_layers, default=0) < 0:
-            raise UserError(
-                f"method focus: selected_layers {self.selected_layers} must be ascending layer numbers from 0"
-            )
+        if list(layers) != sorted(set(layers)):
+            raise UserError(f"method focus: selected_layers {layers} must be ascending layer numbers from 0")
         if any(not 0 < alpha <= 1 for alpha in self.retention):
             raise UserError(f"method focus: retention {self.retention} must lie in (0, 1]")
         if not self.similarity_threshold >= 0:
@@ -68,11 +70,14 @@ class Focus(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         layers = prefill.shape.layers
-        if self.selected_layers and self.selected_layers[-1] >= layers:
+        selected = layer_numbers(self.selected_layers, layers)
+        if selected and selected[-1] >= layers:
             raise UserError(
-                f"method focus: selected layer {self.selected_layers[-1]} does not exist; the model has {layers}"
+                f"method focus: selected layer {selected[-1]} does not exist; the model has {layers}: give other "
+                "numbers, or shares of its depth such as selected_layers=0.1,0.3,0.6"
             )
-        candidates = len(prefill.grid.block_offsets(self.frame_block, self.block))
+        prefill.state["retention"] = dict(zip(selected, self.retention, strict=True))
+        candidates = math.prod(prefill.grid.block_sides(self.frame_block, self.block)) - 1
         if candidates > MAX_CANDIDATES:
             size = f"{self.frame_block}x{self.block}x{self.block}"
             raise UserError(
@@ -88,8 +93,9 @@ class Focus(Method):
             return x
         if x.requires_grad:
             x = x.clone()  # autograd may need what it was computed from
+        visual = x[prefill.visual]
         merged = concentrate(
-            x[prefill.visual],
+            visual,
             prefill.present,
             prefill.grid,
             threshold=self.similarity_threshold,
@@ -101,6 +107,7 @@ class Focus(Method):
             rows=self._rows(prefill),
             overwrite=True,
         )
+        prefill.write(x, visual)
         prefill.record_site(layer, site, merged.codes, geometry)
         return x
 
@@ -112,7 +119,7 @@ class Focus(Method):
             prefill.state["rows"] = prefill.present, rows
         return rows
 
-    def geometry(self, grid: VisualGrid) -> BlockGeometry:
+    def geometry(self, grid: Grid) -> BlockGeometry:
         """The block of candidates, and the pointer-doubling steps: the published bound, or enough to reach any root."""
         doublings = grid.length.bit_length() if self.full_resolution else grid.num_frames
         return BlockGeometry(self.frame_block, self.block, doublings)
@@ -121,23 +128,18 @@ class Focus(Method):
         heads, tokens, width = queries.shape
         rows = self.at_site(prefill, layer, "query", queries.transpose(0, 1).reshape(tokens, heads * width))
         queries = rows.view(tokens, heads, width).transpose(0, 1)
-        if layer in self.selected_layers:
-            visual = prefill.visual
-            prefill.state["importance"] = prompt_importance(
-                queries, keys, visual.start, len(prefill.present), scaling, prefill.mask
-            )
+        if layer in prefill.state["retention"]:
+            before = prompt_importance(queries, keys, 0, prefill.question, scaling, prefill.mask)
+            prefill.state["importance"] = before[prefill.visual]
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        if layer not in self.selected_layers:
+        alpha = prefill.state["retention"].get(layer)
+        if alpha is None:
             return hidden, None
-        alpha = self.retention[self.selected_layers.index(layer)]
         importance = prefill.state.pop("importance")
         keep = tokens_to_keep(prefill.grid.length, alpha, len(prefill.present))
-        visual = prefill.visual
-        rows = torch.arange(len(hidden), device=hidden.device)
-        kept = most_important(importance, keep) + visual.start
-        return hidden, torch.cat([rows[: visual.start], kept, rows[visual.stop :]])
+        return hidden, prefill.keep(most_important(importance, keep))
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
         left = concentrated_operations(record.shape, record.counts, sec_only=self.sec_only)

@@ -19,10 +19,12 @@ from focuslib.prefill.record import Links, Prefill, PrefillRecord
 class _State:
     """How far one prefill has got.
 
-    shares: share of the visual tokens that each merging call removed. importance: [T] of the next call, when it prunes.
-    root: [S] the visual token that each original one is merged into.
+    places: [S], equal for tokens of one place (see Grid.places). root: [S] the visual token that each original one is
+    merged into. shares: share of the visual tokens that each merging call removed. importance: [T] of the next call,
+    when it prunes.
     """
 
+    places: Tensor
     root: Tensor
     shares: list[float] = field(default_factory=list)
     merging_done: bool = False
@@ -62,7 +64,8 @@ class FrameFusion(Method):
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
-        prefill.state["progress"] = _State(root=torch.arange(prefill.grid.length, device=embeds.device))
+        places = prefill.grid.places().to(embeds.device)
+        prefill.state["progress"] = _State(places, root=torch.arange(prefill.grid.length, device=embeds.device))
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._call(prefill, hidden) if layer == 0 else (hidden, None)
@@ -103,14 +106,13 @@ class FrameFusion(Method):
             kept = most_important(progress.importance[prefill.visual], round((1 - ratio) * len(prefill.present)))
         else:
             hidden, kept = self._merge(prefill, hidden, ratio)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        visual = prefill.visual
-        return hidden, torch.cat([rows[: visual.start], visual.start + kept, rows[visual.stop :]])
+        return hidden, prefill.keep(kept)
 
     def _merge(self, prefill: Prefill, hidden: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         """One merging call: (hidden with run means, the visual rows to keep)."""
         progress, visual = prefill.state["progress"], prefill.visual
-        before, similarity = frame_before(hidden[visual], prefill.present, prefill.grid.tokens_per_frame)
+        place = progress.places[prefill.present]
+        before, similarity = same_place_before(hidden[visual], place)
         merged = similarity >= self.similarity_lower_bound
         share = int(merged.sum()) / len(merged)
         if share > ratio:
@@ -148,14 +150,19 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
 
 
 def frame_before(x: Tensor, positions: Tensor, frame_size: int) -> tuple[Tensor, Tensor]:
-    """Each token's predecessor, the same position's token in the nearest earlier frame that is still present.
+    """`same_place_before` in equal frames: x [P, D], positions [P] int64, the tokens' numbers, ascending."""
+    return same_place_before(x, positions % frame_size)
 
-    x: [P, D]; positions: [P] int64 original positions, ascending. Returns its row ([P] int64, its own where there is
+
+def same_place_before(x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's predecessor, the same place's token in the nearest earlier frame that is still present.
+
+    x: [P, D]; place: [P] int64, equal for the tokens of one place. Returns its row ([P] int64, its own where there is
     none) and the cosine similarity with it ([P] float32, −inf where there is none).
     """
-    order = (positions % frame_size).argsort(stable=True)
+    order = place.argsort(stable=True)
     previous, current = order[:-1], order[1:]
-    linked = positions[previous] % frame_size == positions[current] % frame_size
+    linked = place[previous] == place[current]
     previous, current = previous[linked], current[linked]
     before = torch.arange(len(x), device=x.device)
     before[current] = previous

@@ -74,5 +74,6 @@ def _options(kind: Any) -> tuple[Any, ...]:
 def _describe(kind: Any) -> str:
     kind = next(option for option in _options(kind) if option is not type(None))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {typing.get_args(kind)[0].__name__} (such as 1,3,5)"
+        item = _options(typing.get_args(kind)[0])[0]
+        return f"a list of {item.__name__} (such as 1,3,5)"
     return getattr(kind, "__name__", str(kind))

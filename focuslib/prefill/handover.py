@@ -7,13 +7,13 @@ from contextvars import ContextVar
 from torch import nn
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 
-_running: ContextVar[tuple[tuple[nn.Module, VisualGrid | None], ...]] = ContextVar("running", default=())
+_running: ContextVar[tuple[tuple[nn.Module, Grid | None], ...]] = ContextVar("running", default=())
 
 
 @contextmanager
-def handed_over(model: nn.Module, grid: VisualGrid | None) -> Iterator[None]:
+def handed_over(model: nn.Module, grid: Grid | None) -> Iterator[None]:
     """For the length of the block, every prompt that `model` runs has this grid (None: no visual tokens)."""
     token = _running.set((*_running.get(), (model, grid)))
     try:
@@ -22,7 +22,7 @@ def handed_over(model: nn.Module, grid: VisualGrid | None) -> Iterator[None]:
         _running.reset(token)
 
 
-def grid_of(vlm) -> VisualGrid | None:
+def grid_of(vlm) -> Grid | None:
     """The grid of the prompt that `vlm.model` runs now; of an object with a `grid` of its own, that of all its prompts.
 
     Raises

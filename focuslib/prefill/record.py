@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.kernels.similarity import ZERO
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
@@ -31,7 +31,7 @@ class PrefillRecord:
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
     """
 
-    grid: VisualGrid
+    grid: Grid
     shape: DecoderShape
     attended: list[int] = field(default_factory=list)
     retained: list[int] = field(default_factory=list)
@@ -66,13 +66,14 @@ class Prefill:
     state: the method's own values for the length of this prefill.
     """
 
-    def __init__(self, grid: VisualGrid, shape: DecoderShape, length: int, device: torch.device, keep_codes: bool):
+    def __init__(self, grid: Grid, shape: DecoderShape, length: int, device: torch.device, keep_codes: bool):
         self.grid = grid
         self.shape = shape
         self.kept: Tensor | None = None  # original sequence index of each row still present; None: all of them
         self.length = length
         self.origins = Origins(length)  # of the cache entries, filled by the patch
         self.present = torch.arange(grid.length, device=device)
+        self._rows = grid.rows(device)  # of the visual tokens present, in the current sequence
         self.state: dict[str, Any] = {}
         self.record = PrefillRecord(grid, shape, codes=TraceWriter() if keep_codes else None)
         self.running_mask: Callable[[], Tensor | None] = lambda: None  # of the layer that runs, set by the patch
@@ -87,16 +88,50 @@ class Prefill:
         return self.running_mask()
 
     @property
-    def visual(self) -> slice:
-        """The rows of the current sequence that hold visual tokens."""
+    def visual(self) -> slice | Tensor:
+        """The rows of the current sequence that hold visual tokens: what to index it with.
+
+        A slice where they are one run, so that indexing gives a view; else their numbers, [P] int64, ascending.
+        """
+        if len(self.grid.spans) > 1:
+            return self._rows
         return slice(self.grid.start, self.grid.start + len(self.present))
 
+    @property
+    def question(self) -> int:
+        """The first row of the current sequence after every visual token: what follows asks about them."""
+        return self.grid.stop - self.grid.length + len(self.present)
+
+    def keep(self, index: Tensor) -> Tensor:
+        """The rows to go on with if of the visual tokens present these alone stay: [k] → [T − P + k], ascending.
+
+        index: numbers 0 … P − 1, or [P] bool. Every text row is among what is returned.
+        """
+        stays = torch.ones(self.length, dtype=torch.bool, device=self.present.device)
+        stays[self._rows] = False
+        stays[self._rows[index]] = True
+        return stays.nonzero().squeeze(1)
+
+    def write(self, x: Tensor, values: Tensor) -> None:
+        """Put values [P, C] of the visual tokens present into x [T, C]: nothing to do if they are x's own memory."""
+        if values.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+            x[self.visual] = values
+
     def drop(self, layer: int, rows: Tensor) -> None:
-        """Go on with these rows of the current sequence only ([k] int64, ascending; every text row among them)."""
+        """Go on with these rows of the current sequence only ([k] int64, ascending; every text row among them).
+
+        Raises ValueError if a row of text is missing.
+        """
+        number = rows.new_full((self.length,), -1)
+        number[self._rows] = torch.arange(len(self.present), device=rows.device)
+        number = number[rows]
+        visual = number >= 0
+        if len(rows) - int(visual.sum()) != self.length - len(self.present):
+            raise ValueError("a method drops visual tokens only: rows of text are missing from those to go on with")
         self.kept = rows if self.kept is None else self.kept[rows]
         self.length = len(rows)
-        visual = rows[(rows >= self.visual.start) & (rows < self.visual.stop)] - self.visual.start
-        self.present = self.present[visual]
+        self.present = self.present[number[visual]]
+        self._rows = visual.nonzero().squeeze(1)
         self.record.kept[layer] = self.present.cpu()
 
     def record_rows(self, layer: int, site: str, rows: float) -> None:

@@ -5,6 +5,7 @@ the simulator's .pth or less, and read one layer at a time. It is written while 
 layer in memory.
 """
 
+import math
 import shutil
 import tempfile
 import zipfile
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid, grid_from_dict
 from focuslib.kernels.similarity import ITSELF, MAX_CANDIDATES, ZERO, resolve_pointers
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.pth import StreamedTensor, save_streamed
@@ -48,13 +49,13 @@ class Trace:
     """The concentration of one prefill, one small code per vector.
 
     codes: site → one [S, V] uint8 a layer, over the S original visual tokens: ITSELF, ZERO (pruned or all-zero), or
-        k for a vector that follows its k-th candidate (order of VisualGrid.block_offsets). A tensor [layers, S, V], or
+        k for a vector that follows its k-th candidate (order of Grid.block_places). A tensor [layers, S, V], or
         the layers of a file, read when asked for.
     grid: the visual tokens' geometry. frame_block, block: the block the candidates come from.
     max_doublings: how far pointers were followed (None: the published number, grid.num_frames).
     """
 
-    grid: VisualGrid
+    grid: Grid
     codes: Mapping[str, Sequence[Tensor]]
     frame_block: int
     block: int
@@ -78,13 +79,14 @@ class Trace:
 
     def _group_index(self, codes: Tensor) -> Tensor:
         tokens, vectors = codes.shape
-        offsets = torch.tensor([0, *self.grid.block_offsets(self.frame_block, self.block)])
+        itself = torch.arange(tokens)
+        numbers = torch.cat([itself[None], self.grid.candidates(itself, self.frame_block, self.block)])  # [C + 1, S]
         candidate = torch.where(codes == ZERO, ITSELF, codes).long()
-        if len(candidate) and int(candidate.max()) >= len(offsets):
-            raise UserError(f"trace: a vector follows candidate {int(candidate.max())}; a block has {len(offsets) - 1}")
-        pointer = torch.arange(tokens)[:, None] - offsets[candidate]
+        if len(candidate) and int(candidate.max()) >= len(numbers):
+            raise UserError(f"trace: a vector follows candidate {int(candidate.max())}; a block has {len(numbers) - 1}")
+        pointer = numbers.T.gather(1, candidate)
         if len(pointer) and int(pointer.min()) < 0:
-            raise UserError("trace: a vector follows a token before the first")
+            raise UserError("trace: a vector follows a token that is not there")
         doublings = self.grid.num_frames if self.max_doublings is None else self.max_doublings
         root = resolve_pointers(pointer, doublings)
         return (root * vectors + torch.arange(vectors)).int()
@@ -156,11 +158,11 @@ class Trace:
         try:
             source = TraceFileV1(file) if is_v1(file) else TraceFile(file)
             index = source.index
-            grid = VisualGrid(**{key: _integer(value) for key, value in index["grid"].items()})
+            grid = grid_from_dict(_integers(index["grid"]))
             frame_block, block = _integer(index["frame_block"]), _integer(index["block"])
             doublings = None if index["max_doublings"] is None else _integer(index["max_doublings"])
-            sides = (min(frame_block, grid.num_frames), min(block, grid.height), min(block, grid.width))
-            if grid.length > _MAX_TOKENS or not 1 <= sides[0] * sides[1] * sides[2] <= MAX_CANDIDATES + 1:
+            size = math.prod(grid.block_sides(frame_block, block))
+            if grid.length > _MAX_TOKENS or not 1 <= size <= MAX_CANDIDATES + 1:
                 raise ValueError("a grid or a block of impossible size")
             codes = _FileCodes(source, name, grid.length)
             if len({len(layers) for layers in codes.values()}) != 1:
@@ -200,7 +202,7 @@ class TraceWriter:
             )
         record["layers"].append(write_codes(self.archive, site, layer, codes.cpu().numpy().tobytes()))
 
-    def close(self, grid: VisualGrid, frame_block: int, block: int, max_doublings: int | None) -> None:
+    def close(self, grid: Grid, frame_block: int, block: int, max_doublings: int | None) -> None:
         """Write the index, after which the file can be read.
 
         Raises
@@ -220,7 +222,7 @@ class TraceWriter:
         self.file.flush()
         self.closed = True
 
-    def read(self, grid: VisualGrid, frame_block: int, block: int, max_doublings: int | None) -> Trace:
+    def read(self, grid: Grid, frame_block: int, block: int, max_doublings: int | None) -> Trace:
         """The trace of what was added; nothing can be added after."""
         if not self.closed:
             self.close(grid, frame_block, block, max_doublings)
@@ -279,7 +281,7 @@ def _replacing(path: str | Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def _geometry(grid: VisualGrid, frame_block: int, block: int, max_doublings: int | None) -> dict[str, Any]:
+def _geometry(grid: Grid, frame_block: int, block: int, max_doublings: int | None) -> dict[str, Any]:
     """What an index says of the grid and the block."""
     return {"grid": grid.to_dict(), "frame_block": frame_block, "block": block, "max_doublings": max_doublings}
 
@@ -288,6 +290,13 @@ def _integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MAX_INT:
         raise ValueError(f"{value!r} where a number should be")
     return value
+
+
+def _integers(value: Any) -> Any:
+    """A grid's values: numbers, and tuples of such."""
+    if isinstance(value, dict):
+        return {key: _integers(item) for key, item in value.items()}
+    return tuple(map(_integers, value)) if isinstance(value, list) else _integer(value)
 
 
 def _damaged(name: str, error: Exception) -> UserError:

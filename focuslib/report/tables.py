@@ -29,6 +29,7 @@ ACCURACY_COLUMNS = {
     "int8_dense": "INT8_Dense",
     "int8_focus": "INT8_Focus",
 }
+COUNTS = ["Questions", "Failed"]
 CMC_SPARSITIES = ("linear_sparsity", "query_sparsity", "attn_score_sparsity")
 
 
@@ -139,17 +140,18 @@ def failures_table(results: list[CellResult]) -> pd.DataFrame:
 
 
 def sparsity_table(results: list[CellResult], method: str, columns: dict[str, str]) -> pd.DataFrame:
-    """adaptiv_sparsity.csv and cmc_sparsity.csv: means over the first questions of each (model, data set).
+    """Means over the first questions of each (model, data set), and how many these are.
 
-    columns: name of the method's statistic → column.
+    columns: name of the method's statistic → column. adaptiv_sparsity.csv and cmc_sparsity.csv have these alone.
     """
     rows = [
         {"Model": r.cell.model, "Dataset": r.cell.dataset}
         | {column: mean_interval([s["stats"][name] for s in r.answered])[0] for name, column in columns.items()}
+        | {"Questions": len(r.samples), "Failed": len(r.failures)}
         for r in results
         if r.cell.kind == "sparsity" and r.cell.method == method
     ]
-    return pd.DataFrame(rows, columns=["Model", "Dataset", *columns.values()])
+    return pd.DataFrame(rows, columns=["Model", "Dataset", *columns.values(), *COUNTS])
 
 
 def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
@@ -177,8 +179,8 @@ def write_tables(folder: Path) -> None:
     tables = {
         "accuracy": accuracy_table(results),
         "meta_data": meta_data_table(results),
-        "adaptiv_sparsity": sparsity_table(results, "adaptiv", {"sparsity": "Sparsity"}),
-        "cmc_sparsity": sparsity_table(results, "cmc", {name: name for name in CMC_SPARSITIES}),
+        "adaptiv_sparsity": sparsity_table(results, "adaptiv", {"sparsity": "Sparsity"}).drop(columns=COUNTS),
+        "cmc_sparsity": sparsity_table(results, "cmc", {name: name for name in CMC_SPARSITIES}).drop(columns=COUNTS),
         "comparison": comparison_table(results).round(2),
         "comparison_matched": comparison_table(results, "matched").round(2),
         "failures": failures_table(collect(folder)),
@@ -215,7 +217,7 @@ def beside_published(results: list[CellResult]) -> pd.DataFrame:
         "model": "Model", "dataset": "Dataset", "method": "Method", "accuracy": "Published score",
         "sparsity": "Published sparsity",
     })  # fmt: skip
-    columns = ["Model", "Dataset", "Method", "Score", "Table II sparsity"]
+    columns = ["Model", "Dataset", "Method", *COUNTS, "Score", "Table II sparsity"]
     return ours[columns].merge(theirs, on=["Model", "Dataset", "Method"])
 
 
@@ -240,10 +242,17 @@ def paired_table(results: list[CellResult], against: str = "focus") -> pd.DataFr
 
 
 def layout_of_table_two(results: list[CellResult]) -> pd.DataFrame:
-    """The paper's Table II: methods in columns, score and computation sparsity in rows, published figures beside."""
+    """The paper's Table II: methods in columns, score and computation sparsity in rows, published figures beside.
+
+    Questions: how many the row's numbers stand for, all of them if methods differ. Failed: how many of these failed.
+    """
     ours = comparison_table(results)
     theirs = published()
     rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    counts = {}
+    for key, group in ours.groupby(["Model", "Dataset"]) if len(ours) else ():
+        questions = "/".join(map(str, group["Questions"].unique()))
+        counts[key] = {"Questions": questions, "Failed": int(group["Failed"].sum())}
     for _, row in ours.iterrows():
         for kind, column in (("score", "Score"), ("sparsity", "Table II sparsity")):
             rows.setdefault((row["Model"], row["Dataset"], kind), {})[row["Method"]] = row[column]
@@ -252,7 +261,9 @@ def layout_of_table_two(results: list[CellResult]) -> pd.DataFrame:
             key = (row["model"], row["dataset"], kind)
             if key in rows and row["method"] in rows[key]:
                 rows[key][f"{row['method']} (published)"] = row[column]
-    return pd.DataFrame([{"Model": m, "Dataset": d, "": kind, **v} for (m, d, kind), v in rows.items()])
+    return pd.DataFrame([
+        {"Model": m, "Dataset": d, **counts[m, d], "": kind, **v} for (m, d, kind), v in rows.items()
+    ])  # fmt: skip
 
 
 def cost_table(results: list[CellResult]) -> pd.DataFrame:
@@ -309,7 +320,7 @@ def _dense(results: list[CellResult]) -> dict[tuple[str, str], CellResult]:
 
 
 def average_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over the data sets, one row a (model, method), of a comparison table."""
+    """Means over the data sets, one row a (model, method), of a comparison table; counts are sums."""
     if table.empty:
         return table
     columns = [
@@ -317,4 +328,8 @@ def average_table(table: pd.DataFrame) -> pd.DataFrame:
         for c in ("Score", "Difference", "Computation sparsity", "Table II sparsity", "Tokens at the end")
         if c in table
     ]
-    return table.groupby(["Model", "Method"], sort=False)[columns].mean().reset_index()
+    return (
+        table.groupby(["Model", "Method"], sort=False)
+        .agg({**dict.fromkeys(COUNTS, "sum"), **dict.fromkeys(columns, "mean")})
+        .reset_index()
+    )
