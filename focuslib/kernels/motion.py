@@ -30,42 +30,49 @@ _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 @dataclass
 class _Blocks:
-    """Rows [N, D] float32 and their sums over coarse blocks [N, ceil(D / _COARSE)]; norm [N] (L1).
+    """Rows [N, D] float32 and the sums of their coarse blocks, [N, D // _COARSE].
 
-    used: how many coarse blocks are not zero in all rows at the end, at least one.
+    used: channels, whole coarse blocks, after which all rows are zero; D if the last block of D is not whole.
+    norm: the largest L1 norm of a row's whole coarse blocks.
     """
 
     rows: Tensor
     sums: Tensor
-    norm: Tensor
     used: int
+    norm: Tensor
 
 
 def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     """The nearest reference token of each token, where its L1 distance is below `limit`; the first wins a tie.
 
-    tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32.
-    Returns [N] int64: 0 … P − 1, or INFORMATIVE.
+    tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32. Or those of several heads,
+    each searched by itself: [H, N, D], [H, P, D].
+    Returns [N] or [H, N] int64: 0 … P − 1, or INFORMATIVE.
 
     Extra memory: a working set of a few MiB, or of [N, P] where that is more. Fast where most distances are far above
     `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
+    if tokens.shape[-2] * reference.shape[-2] * reference.shape[-1] <= _FEW:
+        return _nearest(torch.cdist(tokens.float(), reference.float(), p=1), limit)
+    if tokens.dim() == 3:
+        return torch.stack([motion_search(*head, limit) for head in zip(tokens, reference, strict=True)])
     reference = reference.float()
-    differences = tokens.shape[0] * reference.numel()
-    if differences <= _FEW:
-        return _nearest(torch.cdist(tokens.float(), reference, p=1), limit)
     if tokens.shape[1] <= _NARROW:
         return _exhaustive(tokens.float(), reference, limit)
     blocks = _block_sums(reference)
-    parts = max(1, len(tokens) // (8 * _rows_in_budget(tokens)))  # of more rows than that, a few operations each
+    parts = len(tokens) // (8 * _rows_in_budget(tokens))
+    if parts < 2:
+        return _search(tokens.float(), blocks, limit)
     return torch.cat([_search(part.float(), blocks, limit) for part in tokens.chunk(parts)])
 
 
 def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     """The simplified search: token i of each frame is compared with reference token i only. As `motion_search`.
 
-    tokens: [N, D] with N a multiple of P, frame after frame; reference: [P, D].
+    N is a multiple of P: frame after frame.
     """
+    if tokens.dim() == 3:
+        return torch.stack([same_position(*head, limit) for head in zip(tokens, reference, strict=True)])
     position = torch.arange(len(reference), device=tokens.device).repeat(len(tokens) // len(reference))
     distance = torch.cat([_pair_distances(frame, reference) for frame in tokens.split(len(reference))])
     return torch.where(distance < limit, position, INFORMATIVE)
@@ -77,29 +84,31 @@ def frame_matches(
 ) -> Tensor:  # fmt: skip
     """Motion search of whole frames: the token each visual token is replaced by.
 
-    tokens: [S, D], frame after frame. frames: the number of tokens of each frame, one for all or one a frame.
+    tokens: [S, D], frame after frame, or [H, S, D] of several heads. frames: the number of tokens of each frame, one
+    for all or one a frame.
     Frames are grouped into intervals; frame number `i_frame` of an interval is its I-frame. A token matches if its
     distance is below threshold · D.
-    Returns [S] int64: the index (0 … S − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
-    match themselves, or the first that is equal (newline tokens are).
+    Returns [S] or [H, S] int64: the index (0 … S − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own
+    tokens match themselves, or the first that is equal (newline tokens are).
     zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens
     of a norm below the limit are ZEROED; else they are all informative.
     """
-    limit = threshold * tokens.shape[1]
-    match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
-    sizes = [frames] * -(-len(tokens) // frames) if isinstance(frames, int) else frames
-    starts = [min(start, len(tokens)) for start in accumulate(sizes, initial=0)]
+    length, channels = tokens.shape[-2:]
+    limit = threshold * channels
+    match = torch.full(tokens.shape[:-1], INFORMATIVE, device=tokens.device)
+    sizes = [frames] * -(-length // frames) if isinstance(frames, int) else frames
+    starts = [min(start, length) for start in accumulate(sizes, initial=0)]
     for number in range(0, len(sizes), interval):
         members = slice(starts[number], starts[min(number + interval, len(sizes))])
         if number + i_frame >= len(sizes):
             if zero_tail:
-                zeros = tokens.new_zeros((1, tokens.shape[1]), dtype=torch.float32)
-                near = torch.cdist(tokens[members].float(), zeros, p=1).squeeze(1) < limit
-                match[members] = torch.where(near, ZEROED, INFORMATIVE)
+                zeros = tokens.new_zeros((1, channels), dtype=torch.float32)
+                near = torch.cdist(tokens[..., members, :].float(), zeros, p=1).squeeze(-1) < limit
+                match[..., members] = torch.where(near, ZEROED, INFORMATIVE)
             break
         first, last = starts[number + i_frame : number + i_frame + 2]
-        found = search(tokens[members], tokens[first:last], limit)
-        match[members] = torch.where(found >= 0, found + first, INFORMATIVE)
+        found = search(tokens[..., members, :], tokens[..., first:last, :], limit)
+        match[..., members] = torch.where(found >= 0, found + first, INFORMATIVE)
     return match
 
 
@@ -108,8 +117,14 @@ def replaced_share(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_
 
     match: [S]. frames: the number of tokens of every frame, or each token's frame, [S] int64.
     """
-    frame = torch.arange(len(match), device=match.device) // frames if isinstance(frames, int) else frames
-    return int(((match >= 0) & (frame % interval != i_frame)).sum()) / len(match)
+    return replaced_shares(match[None], frames, interval=interval, i_frame=i_frame)[0]
+
+
+def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:
+    """`replaced_share` of several heads, match: [H, S]."""
+    length = match.shape[1]
+    frame = torch.arange(length, device=match.device) // frames if isinstance(frames, int) else frames
+    return [count / length for count in ((match >= 0) & (frame % interval != i_frame)).sum(1).tolist()]
 
 
 def compensate(tokens: Tensor, match: Tensor) -> None:
@@ -126,35 +141,59 @@ def compensate(tokens: Tensor, match: Tensor) -> None:
         tokens.index_copy_(0, rows, tokens.index_select(0, match.index_select(0, rows)))
 
 
+class Compensation:
+    """The same as `compensate`, in copies of sequences that hold other rows too.
+
+    match: [S], or [H, S] of several heads. rows: [S] int64, where the tokens stand in the sequence of `length` rows.
+    """
+
+    def __init__(self, match: Tensor, rows: Tensor, length: int):
+        source = torch.arange(match.numel() // len(rows) * length, device=rows.device).view(*match.shape[:-1], length)
+        own = source[..., rows]
+        replacement = own.gather(-1, match.clamp(min=0))
+        self.zeroed = own[match == ZEROED]  # [K]
+        source[..., rows] = torch.where(match >= 0, replacement, own)
+        self.source = source.flatten()  # [T] or [H · T]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, C], or [H, T, C] of several heads."""
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.source)
+        if len(self.zeroed):
+            rows.index_fill_(0, self.zeroed, 0)
+        return rows.view(x.shape)
+
+
 def _search(rows: Tensor, reference: _Blocks, limit: float) -> Tensor:
     """`motion_search` of one block of float32 rows."""
     match = torch.full((len(rows),), INFORMATIVE, device=rows.device)
     blocks = _block_sums(rows)
     used = max(blocks.used, reference.used)
-    alive, bound = None, None
-    for size in (_COARSE, _FINE):
-        bound = _lower_bounds(blocks, alive, reference, used, size, rows.shape[1])
-        possible = torch.nonzero((bound < limit).any(1)).squeeze(1)
-        if len(possible) == 0:
-            return match
-        if len(possible) < len(bound):
-            alive, bound = possible if alive is None else alive[possible], bound[possible]
-    # zero channels at the end (a causal attention matrix has them) add nothing to a distance
-    rows, other = rows[:, : used * _COARSE], reference.rows[:, : used * _COARSE]
-    alive = torch.arange(len(rows), device=rows.device) if alive is None else alive
-
-    likely = bound.argmin(1)
-    distance = _picked_distances(rows, other, alive, likely)
-    left = bound <= distance.clamp(max=limit)[:, None]
-    if left.sum() > _DENSE_SHARE * left.numel():
-        match[alive] = _exhaustive(rows[alive], other, limit)
+    bound = _lower_bounds(blocks, None, reference, used, _COARSE, rows.shape[1])
+    alive = torch.nonzero(bound.amin(1) < limit).squeeze(1)
+    if len(alive) == 0:
         return match
-    bound.fill_(torch.inf).scatter_(1, likely[:, None], distance[:, None])
-    row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
-    if len(row):
-        bound[row, candidate] = _picked_distances(rows, other, alive[row], candidate)
-    match[alive] = _nearest(bound, limit)
+    bound = _lower_bounds(blocks, alive, reference, used, _FINE, rows.shape[1])
+    least, likely = bound.min(1)
+    possible = torch.nonzero(least < limit).squeeze(1)
+    if len(possible) < len(alive):
+        alive, bound, likely = alive[possible], bound[possible], likely[possible]
+    if len(alive):
+        # zero channels at the end (a causal attention matrix has them) add nothing to a distance
+        match[alive] = _eliminated(rows[:, :used], alive, reference.rows[:, :used], bound, likely, limit)
     return match
+
+
+def _eliminated(rows: Tensor, alive: Tensor, reference: Tensor, bound: Tensor, likely: Tensor, limit: float) -> Tensor:
+    """`motion_search` of the rows `alive` [A] by lower bounds [A, P], of which `likely` [A] is the least: [A]."""
+    distance = _picked_distances(rows, reference, alive, likely)
+    left = bound <= distance.clamp(max=limit)[:, None]
+    row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
+    if len(row) > _DENSE_SHARE * left.numel():
+        return _exhaustive(rows.index_select(0, alive), reference, limit)
+    bound.fill_(torch.inf).scatter_(1, likely[:, None], distance[:, None])
+    if len(row):
+        bound[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
+    return _nearest(bound, limit)
 
 
 def _exhaustive(rows: Tensor, reference: Tensor, limit: float) -> Tensor:
@@ -175,17 +214,24 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float) -> Tensor:
 
 
 def _nearest(distance: Tensor, limit: float) -> Tensor:
-    """The first nearest of each row's distances where it is below `limit`: [N, P] → [N]."""
-    least, best = distance.min(1)
+    """The first nearest of each row's distances where it is below `limit`: [..., N, P] → [..., N]."""
+    least, best = distance.min(-1)
     return torch.where(least < limit, best, INFORMATIVE)
 
 
 def _block_sums(x: Tensor) -> _Blocks:
     """The coarse block sums of rows [N, D] float32."""
     parts = [x] if _compiled_sums.wanted(x) else x.split(_rows_in_budget(x))
-    sums, absolute = (torch.cat(blocks) for blocks in zip(*map(_compiled_sums, parts), strict=True))
-    nonzero = torch.nonzero(absolute.sum(0))
-    return _Blocks(x, sums, absolute.sum(1), int(nonzero[-1]) + 1 if len(nonzero) else 1)
+    pairs = [_compiled_sums(part) for part in parts]
+    sums, absolute = pairs[0] if len(pairs) == 1 else (torch.cat(blocks) for blocks in zip(*pairs, strict=True))
+    whole = absolute.shape[1] * _COARSE
+    if whole < x.shape[1] and x[:, whole:].any():
+        used = x.shape[1]
+    else:
+        # whole blocks, so that cdist adds the channels in use in the same order as it adds all
+        nonzero = torch.nonzero(absolute.sum(0))
+        used = _COARSE * (int(nonzero[-1]) + 1 if len(nonzero) else 1)
+    return _Blocks(x, sums, used, absolute.sum(1).amax())
 
 
 def _lower_bounds(a: _Blocks, rows: Tensor | None, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
@@ -194,26 +240,25 @@ def _lower_bounds(a: _Blocks, rows: Tensor | None, b: _Blocks, used: int, size: 
     |Σ a − Σ b| ≤ Σ |a − b| in every block. What rounding can have added to the bound, or can take from the distance,
     is taken off, so that it holds for the distances as float32 arithmetic gives them.
     """
-    own, other, norm = a.sums[:, :used], b.sums[:, :used], a.norm
-    if size != _COARSE:
-        own, other = a.rows[:, : used * _COARSE], b.rows[:, : used * _COARSE]
-    if rows is not None:
-        own, norm = own.index_select(0, rows), norm.index_select(0, rows)
+    whole = used // _COARSE  # of which alone the norm is known
+    if size == _COARSE:
+        own, other = a.sums[:, :whole], b.sums[:, :whole]
+    else:
+        own, other = a.rows[:, : whole * _COARSE], b.rows[:, : whole * _COARSE]
+    own = own if rows is None else own.index_select(0, rows)
     if size != _COARSE:
         own, other = _sums(own, size), _sums(other, size)
     bound = _compiled_distances(own, other).mul_(1 - 2 * channels * _ROUNDOFF)
-    return bound.sub_(norm[:, None] + b.norm, alpha=2 * _COARSE * _ROUNDOFF)
+    return bound.sub_(a.norm + b.norm, alpha=2 * _COARSE * _ROUNDOFF)
 
 
 def _sums(x: Tensor, size: int) -> Tensor:
-    """Sums of blocks of `size` channels, the last block being what is left: [N, D] → [N, ceil(D / size)]."""
-    whole = x.shape[1] // size * size
-    sums = x[:, :whole].unflatten(1, (-1, size)).sum(-1)
-    return sums if whole == x.shape[1] else torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], dim=1)
+    """Sums of whole blocks of `size` channels: [N, D] → [N, D // size]."""
+    return x[:, : x.shape[1] // size * size].unflatten(1, (-1, size)).sum(-1)
 
 
 def _coarse_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Coarse block sums of rows [N, D], and of their absolute values: [N, ceil(D / _COARSE)] each."""
+    """Coarse block sums of rows [N, D], and of their absolute values: [N, D // _COARSE] each."""
     return _sums(x, _COARSE), _sums(x.abs(), _COARSE)
 
 

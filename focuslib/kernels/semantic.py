@@ -9,7 +9,7 @@ from focuslib.errors import UserError
 
 # Score of a key that is not seen; not −inf: a row of padding sees nothing, and its NaN would spread.
 _HIDDEN = torch.finfo(torch.float32).min
-_ROWS = 256  # of attention at a time, up to twice as many: products of few rows cost more, and round in another way
+_ROWS = 128  # of attention at a time, at least: products of few rows cost more, and round in another way
 
 
 def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -38,9 +38,11 @@ def causal_attention(queries: Tensor, keys: Tensor, scaling: float, out: Tensor 
     """
     heads, tokens, _ = queries.shape
     matrix = queries.new_empty((heads, tokens, tokens), dtype=torch.float32) if out is None else out
-    later = torch.ones((2 * _ROWS, 2 * _ROWS), dtype=torch.bool, device=queries.device).triu_(1)
-    starts = range(0, max(1, tokens - _ROWS + 1), _ROWS)
-    for first, last in itertools.pairwise((*starts, tokens)):
+    step = max(_ROWS, tokens // 8)
+    ends = [*range(0, max(1, tokens - step + 1), step), tokens]
+    longest = ends[-1] - ends[-2]
+    later = ~seen_keys(torch.arange(longest, device=queries.device), longest)
+    for first, last in itertools.pairwise(ends):
         scores = _scores(queries[:, first:last], keys[:, :last], scaling)
         scores[:, :, first:].masked_fill_(later[: last - first, : last - first], _HIDDEN)
         matrix[:, first:last, :last] = _softmax(scores)

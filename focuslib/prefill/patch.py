@@ -31,6 +31,8 @@ from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
 
+_SMALL = 1 << 20  # entries of attention matrices that are formed at a time
+
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
 
 
@@ -232,20 +234,21 @@ class _Patch:
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float
     ) -> Tensor:
         """Attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
-        group, mask = q.shape[0] // k.shape[0], prefill.mask
-        rows = torch.arange(q.shape[1], device=q.device)
-        out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
+        (heads, tokens, _), group, mask = q.shape, q.shape[0] // k.shape[0], prefill.mask
+        rows = torch.arange(tokens, device=q.device)
+        out = q.new_empty((1, tokens, heads, v.shape[2]))
+        together = heads if heads * tokens**2 <= _SMALL else 1
         memory: Tensor | None = None
-        for head in range(q.shape[0]):
-            kv = slice(head // group, head // group + 1)
-            own = q[head : head + 1]
+        for first in range(0, heads, together):
+            some, kv = slice(first, first + together), slice(first // group, (first + together - 1) // group + 1)
             if mask is None:
-                matrix = causal_attention(own, k[kv], scaling, memory)
-                memory = None if matrix.requires_grad else matrix
+                matrices = causal_attention(q[some], k[kv], scaling, memory)
+                memory = None if matrices.requires_grad else matrices
             else:
-                matrix = attention_rows(own, k[kv], rows, scaling, mask if len(mask) == 1 else mask[head : head + 1])
-            probabilities = self.method.on_probabilities(prefill, layer, head, matrix[0])
-            out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
+                matrices = attention_rows(q[some], k[kv], rows, scaling, mask if len(mask) == 1 else mask[some])
+            for head, matrix in enumerate(matrices, first):
+                probabilities = self.method.on_probabilities(prefill, layer, head, matrix)
+                out[0, :, head] = probabilities.to(v.dtype) @ v[head // group]
         return out
 
 
