@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,8 +73,10 @@ class Engine(Protocol):
     """
 
     running: dict[str, Shard]
-    workers: int
     refused: list[str]
+
+    @property
+    def workers(self) -> int: ...
 
     def __enter__(self) -> Engine: ...
 
@@ -113,7 +115,7 @@ class Queue:
 
     def __init__(self, shards: Iterable[Shard] = ()):
         self._waiting: dict[Model, deque[Shard]] = {}
-        self._seconds: Counter[Model] = Counter()
+        self._seconds: defaultdict[Model, float] = defaultdict(float)
         self._holders: Counter[Model] = Counter()
         for shard in shards:
             self.put(shard)

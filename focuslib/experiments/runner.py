@@ -57,6 +57,11 @@ class Workers:
     address: str | None = None
     shard: int | None = None
 
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> Workers:
+        """As an experiment's parameters say."""
+        return cls(params["workers"], params["engine"], params["address"], params["shard"])
+
     def open(self) -> Engine | None:
         """The engine, not yet entered; None: the cells are run in this process."""
         if self.engine == "ray":
