@@ -236,6 +236,9 @@ def connect(address: str | None) -> Any:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at {address or 'this machine'} ({_first_line(error)})") from error
+    if address is None and ray.util.get_node_ip_address() != "127.0.0.1":  # ray was imported before
+        ray.shutdown()
+        raise UserError("Ray would listen on this machine's outer addresses; do not import ray before focuslib")
     return ray
 
 

@@ -39,7 +39,7 @@ class Shard:
         if not self.questions:
             return f"shard {self.number} of {self.count}"
         first, last = (f"{task} {number}" for task, number in (self.questions[0], self.questions[-1]))
-        return f"shard {self.number} of {self.count} ({first} to {last})"
+        return f"shard {self.number} of {self.count} ({first if first == last else f'{first} to {last}'})"
 
     @property
     def model(self) -> Model:

@@ -92,7 +92,7 @@ class CellRun:
         faults, before = self.tries.get(shard.number, (0, -1))
         faults = faults + 1 if len(left) == before or before < 0 else 1
         self.tries[shard.number] = faults, len(left)
-        if fault.again and faults < TRIES and self.failed is None:
+        if fault.again and faults < TRIES:
             return Shard(self.cell, shard.number, shard.count, left, shard.identity, shard.seconds)
         self.shards -= 1
         self.failed = self.failed or self._explain(shard, fault, len(left))
@@ -159,13 +159,14 @@ def _take(run: CellRun, shard: Shard, message: Message, queue: Queue, folder: Pa
             run.keep(message)
         elif isinstance(message, Report):
             run.note(message)
-        elif isinstance(message, Fault) and (again := run.fault(shard, message)):
-            queue.put(again, first=True)
+        elif isinstance(message, Fault):
+            if again := run.fault(shard, message):
+                queue.put(again, first=True)
+            elif not message.again:  # the others would end likewise
+                run.shards -= queue.drop(run.cell)
     except OSError as error:
         why = f"{error.strerror or error}; what was answered before is kept"
         raise UserError(f"{shown(folder)}: an answer could not be kept ({why}): make room, and run again") from error
-    if run.failed is not None:
-        run.shards -= queue.drop(run.cell)
 
 
 def _settle(run: CellRun) -> Settled:

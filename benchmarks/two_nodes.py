@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from focuslib import __file__ as package
@@ -49,16 +51,14 @@ class Nodes:
         what = ["--num-cpus=1", "--object-store-memory=100000000"]
         command = ["start", *where, "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block", *what]
         environment = self.environment if head else {**self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-        log = (self.folder / f"node{len(self.nodes)}.log").open("w")
-        self.nodes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", _START, *command],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        )
+        log = self.folder / f"node{len(self.nodes)}.log"
+        with log.open("w") as out:
+            call = [sys.executable, "-c", _START, *command]
+            self.nodes.append(subprocess.Popen(call, env=environment, stdout=out, stderr=out, start_new_session=True))
+        while "Ray runtime started" not in log.read_text():
+            if self.nodes[-1].poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.1)
         return len(self.nodes) - 1
 
     def kill(self, number: int) -> None:
@@ -71,8 +71,10 @@ class Nodes:
         self.nodes[number].wait()
 
     def end(self) -> None:
+        """End all nodes, and forget what they kept."""
         for number in reversed(range(len(self.nodes))):
             self.kill(number)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def descendants(number: int) -> list[int]:
