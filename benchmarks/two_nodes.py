@@ -32,9 +32,10 @@ class Nodes:
             self.port = free.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.nodes: list[subprocess.Popen] = []
+        root = str(Path(package).parents[1])
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(package).parents[1]), str(Path(__file__).parent)]),
+            "PYTHONPATH": os.pathsep.join([root, f"{root}/tests"]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",

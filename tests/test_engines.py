@@ -148,6 +148,18 @@ def listeners(processes: list[int]) -> set[str]:
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
+def test_what_a_ray_node_lacks_is_said(nodes, tmp_path, monkeypatch):
+    cell = shards_of(tmp_path / "nowhere", 1)[0].cell
+    (line,) = cluster.missing_on_nodes(nodes.address, [cell])
+    assert line.startswith("node 127.0.0.1: ") and "no such folder" in line
+    monkeypatch.setattr(cluster, "source_digest", lambda: "another")
+    with cluster.RayEngine(1, nodes.address, fakes.Fake) as engine:
+        faults = collect(engine, Queue(shards_of(tmp_path, 2)))[2]
+    (line,) = engine.refused
+    assert "another version of focuslib's source" in line and [fault.why for fault in faults] == [line] * 2
+    assert all(isinstance(fault, Fault) and not fault.again for fault in faults)
+
+
 def test_a_ray_cluster_loses_a_worker_and_a_node_and_gains_one(nodes, tmp_path):
     from benchmarks.two_nodes import descendants
 
@@ -173,15 +185,3 @@ def wait_for_two(engine) -> None:
     while len(engine.running) < 2:
         time.sleep(0.05)
     time.sleep(0.5)
-
-
-def test_what_a_ray_node_lacks_is_said(nodes, tmp_path, monkeypatch):
-    cell = shards_of(tmp_path / "nowhere", 1)[0].cell
-    (line,) = cluster.missing_on_nodes(nodes.address, [cell])
-    assert line.startswith("node 127.0.0.1: ") and "no such folder" in line
-    monkeypatch.setattr(cluster, "source_digest", lambda: "another")
-    with cluster.RayEngine(1, nodes.address, fakes.Fake) as engine:
-        faults = collect(engine, Queue(shards_of(tmp_path, 2)))[2]
-    (line,) = engine.refused
-    assert "another version of focuslib's source" in line and [fault.why for fault in faults] == [line] * 2
-    assert all(isinstance(fault, Fault) and not fault.again for fault in faults)
