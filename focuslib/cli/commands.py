@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from typer import Argument, Option
 import focuslib
 from focuslib.cli import options as of
 from focuslib.cli.group import Commands, UsageError
-from focuslib.errors import UserError
+from focuslib.errors import UserError, needs_extra
 from focuslib.paths import params_folder
 
 _ONE, _ALL, _HARDWARE = "Score a method", "The paper's experiments", "Hardware"  # panels of `focus --help`
@@ -67,6 +68,9 @@ def run(
     limit: of.Limit = None,
     seed: of.Seed = 0,
     workers: of.Workers = 1,
+    engine: of.Engine = None,
+    address: of.Address = None,
+    shard: of.Shard = None,
     out: of.Out = Path("results/run"),
     trace_dir: Annotated[
         Path | None,
@@ -79,9 +83,10 @@ def run(
     Hyper-parameters come from params/methods.yaml; --set replaces them.
     """
     from focuslib.experiments.cell import make_cell
-    from focuslib.experiments.runner import run_cells
+    from focuslib.experiments.runner import Workers, run_cells
     from focuslib.report.tables import comparison_table
 
+    _check_engine(engine, address)
     if trace_dir and method != "focus":
         raise UserError(f"--trace-dir: {method} has no traces; the simulator's are of --method focus")
     chosen = dict(_assignment(text, "--set") for text in settings or [])
@@ -92,13 +97,22 @@ def run(
         )
         for kind in (["accuracy", "trace"] if trace_dir else ["accuracy"])
     ]  # fmt: skip
-    outcome = run_cells("run", cells, out, trace_dir, workers)
+    outcome = run_cells("run", cells, out, trace_dir, Workers(workers, engine or "local", address, shard))
     print(outcome.summary())
     table = comparison_table(outcome.results)
     if not table.empty:
         print(table.round(2).to_string(index=False))
     unreadable = any(result.unreadable for result in outcome.results)
     return 1 if outcome.failed or unreadable else 0
+
+
+def _check_engine(engine: str | None, address: str | None) -> None:
+    if engine not in (None, "local", "ray"):
+        raise UsageError(f"--engine {engine}: write local or ray")
+    if address and engine != "ray":
+        raise UsageError(f"--address {address}: is of a Ray cluster; add --engine ray")
+    if engine == "ray" and find_spec("ray") is None:
+        raise needs_extra("--engine ray", "cluster")
 
 
 @app.command(
@@ -225,10 +239,18 @@ def _value(arguments: list[str], name: str) -> str:
     return ""
 
 
-@app.command(rich_help_panel=_ALL, epilog="Example: focus reproduce --profile laptop --only main")
+@app.command(
+    rich_help_panel=_ALL,
+    epilog="Examples:\n\nfocus reproduce --profile laptop --only main\n\n"
+    "focus reproduce --profile paper --engine ray --address auto --workers 64",
+)
 def reproduce(
     profile: of.Profile = "laptop",
     only: Annotated[str | None, Option(help="One notebook, such as main.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Instead of the parameter files' workers.")] = None,
+    engine: of.Engine = None,
+    address: of.Address = None,
+    shard: of.Shard = None,
 ) -> int:
     """Run the experiment notebooks.
 
@@ -236,7 +258,10 @@ def reproduce(
     """
     from focuslib.experiments.reproduce import reproduce
 
-    return 0 if reproduce(profile, only) else 1
+    _check_engine(engine, address)
+    given = {"workers": workers, "engine": engine, "address": address, "shard": shard}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return 0 if reproduce(profile, only, workers=chosen) else 1
 
 
 @app.command(
@@ -292,6 +317,44 @@ def check(profile: of.Profile = "paper") -> int:
     print(f"\n{cost(pairs)}")
     missing = list(dict.fromkeys(line for pair in pairs for line in pair.missing))
     print("\n".join(f"missing: {line}" for line in missing) or "nothing is missing")
+    return 1 if missing else 0
+
+
+@app.command(
+    rich_help_panel=_ALL,
+    epilog="Examples:\n\nfocus plan --price 2.5\n\nfocus plan --profile laptop --probe 3\n\n"
+    "focus plan --address auto (also what is missing on which node)",
+)
+def plan(
+    profile: of.Profile = "paper",
+    price: Annotated[float | None, Option(min=0, help="Of a GPU for an hour, for what the run costs.")] = None,
+    probe: Annotated[
+        int | None, Option(min=1, help="Questions to ask here of every method, instead of published seconds.")
+    ] = None,
+    shard: of.Shard = None,
+    address: of.Address = None,
+) -> int:
+    """Say what a profile will take before it starts.
+
+    Shards, expected hours and cost on 1 to 64 GPUs, by simulating how an engine gives the shards out. Makes no network
+    call but to the nodes of --address; exit status 1 if anything is missing on one of these.
+    """
+    from focuslib.experiments.forecast import forecast, sizes
+
+    found = forecast(profile, shard, probe)
+    where = "measured here" if probe else "published for one 80 GB GPU"
+    print(f"{len(found.shards)} shards, {found.seconds / 3600:.0f} GPU hours ({where}): {sizes(found)}")
+    print(found.table(price).round(2).to_string(index=False))
+    assumed = "" if probe else ", assumed"
+    print(f"longest chain: {found.chain() / 3600:.2f} h, with {found.loading:.0f} s to load a model{assumed}")
+    for name, cells in found.unknown.items():
+        print(f"not counted, for no time is published: {len(cells)} cells of {name}; measure with --probe")
+    if address is None:
+        return 0
+    from focuslib.experiments.cluster import missing_on_nodes
+
+    missing = missing_on_nodes(address, found.cells)
+    print("\n".join(missing) or "nothing is missing on any node")
     return 1 if missing else 0
 
 

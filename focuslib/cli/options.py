@@ -112,5 +112,22 @@ Workers = Annotated[
         help="Processes that share the work, such as one a GPU (with --device cuda).",
     ),
 ]  # fmt: skip
+Engine = Annotated[
+    str | None,
+    Option(
+        metavar="local|ray", rich_help_panel=_QUESTIONS,
+        help="Where the workers are: processes of this machine, or those of a Ray cluster (extra [cluster]).",
+    ),
+]  # fmt: skip
+Address = Annotated[
+    str | None,
+    Option(
+        rich_help_panel=_QUESTIONS,
+        help="Of a running Ray cluster, or auto; without it, one of this machine alone.",
+    ),
+]
+Shard = Annotated[
+    int | None, Option(min=1, rich_help_panel=_QUESTIONS, help="Questions that a worker is given at a time.")
+]
 Out = Annotated[Path, Option(help="Folder of results.", rich_help_panel=RESULTS)]
 Profile = Annotated[str, Option(help="Folder of params/.", autocompletion=profile_names)]

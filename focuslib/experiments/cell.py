@@ -65,7 +65,11 @@ class Cell:
 
     def name(self) -> str:
         """The file name of the cell's result, without its ending."""
-        return f"{self.kind}_{self.model}_{self.dataset}_{self.method}_{digest(self.identity())}"
+        return self.name_of(self.identity())
+
+    def name_of(self, identity: dict[str, Any]) -> str:
+        """The name that an identity gives."""
+        return f"{self.kind}_{self.model}_{self.dataset}_{self.method}_{digest(identity)}"
 
 
 def make_cell(

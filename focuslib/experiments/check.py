@@ -6,27 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from focuslib.errors import UserError, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.sources import sources
-from focuslib.experiments.cell import Cell
 from focuslib.experiments.paper import plan
-from focuslib.experiments.params import EXPERIMENTS, Count
-from focuslib.models import MODELS, HfVLM
+from focuslib.experiments.params import EXPERIMENTS
+from focuslib.experiments.published import PUBLISHED_GPU_GB, is_published, published_cost, published_hours
+from focuslib.models import MODELS
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
-from focuslib.models.media import Clip
 from focuslib.models.registry import adapter_of, named
-from focuslib.paths import params_folder, read_yaml
-from focuslib.validation import Strict, validate
+from focuslib.paths import params_folder
 
-PUBLISHED_GPU_GB = 80  # the paper's hours and settings are of such a card
-TYPICAL, LONG, RATE = (360, 640), 15000, 25.0  # pixels, frames and rate of a video whose tokens are counted
 WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 
 
@@ -59,7 +53,6 @@ def check_profile(profile: str) -> list[Pair]:
     experiments = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").is_file()]
     if not experiments:
         raise UserError(f"{folder}: no such profile")
-    costs = _Costs()
     weights_of, data_of, device_of = cache(weights), cache(data), cache(device)  # a model or data set is in many cells
     pairs: dict[tuple[str, str], Pair] = {}
     for experiment in experiments:
@@ -71,10 +64,10 @@ def check_profile(profile: str) -> list[Pair]:
             pair = pairs[key]
             if experiment not in pair.experiments:
                 pair.experiments.append(experiment)
-            if (hours := costs(cell)) is not None:  # experiments share cells, and one may ask fewer questions
+            if (hours := published_hours(cell)) is not None:  # experiments share cells, and one may ask fewer questions
                 method = " ".join(filter(None, (cell.quantization, cell.method)))
                 pair.hours[method] = max(hours, pair.hours.get(method, 0.0))
-                pair.estimated = not costs.published(cell)
+                pair.estimated = not is_published(cell)
     return list(pairs.values())
 
 
@@ -184,63 +177,3 @@ def _videos(dataset: str) -> Iterator[Path]:
                     yield Path(str(error).partition(":")[2].partition(" does not exist")[0])
     finally:
         logger.enable("")
-
-
-class PublishedCost(Strict):
-    """Hours by method, in full precision and in 8 bit, and of other experiments; questions by data set."""
-
-    hours: dict[str, float]
-    int8_hours: dict[str, float]
-    others: dict[str, float]
-    questions: dict[str, Count]
-
-
-def published_cost() -> dict[str, Any]:
-    """What params/published/cost.yaml says. Raises UserError for a mistake in it."""
-    path = params_folder() / "published" / "cost.yaml"
-    return validate(PublishedCost, read_yaml(path), str(path), "table")
-
-
-class _Costs:
-    """The paper's hours, shared out among its (model, data set) pairs by questions and visual tokens."""
-
-    def __init__(self):
-        published = published_cost()
-        self.hours = {None: published["hours"], "int8": published["int8_hours"]}
-        self.questions = published["questions"]
-        lengths = pd.read_csv(params_folder() / "published" / "sequence_lengths.csv")
-        lengths = lengths[lengths["dataset"].isin(self.questions)]
-        self.lengths = lengths.set_index(["model", "dataset"])["sequence_length"].to_dict()
-        self.all = sum(self.questions[dataset] * length for (_, dataset), length in self.lengths.items())
-
-    def __call__(self, cell: Cell) -> float | None:
-        """Hours of a cell's questions; None: not published."""
-        hours = self.hours.get(cell.quantization, {})
-        if cell.kind != "accuracy" or cell.method not in hours or cell.dataset not in self.questions:
-            return None
-        length = self.lengths.get((cell.model, cell.dataset))
-        if length is None and adapter_of(cell.model) is HfVLM:
-            length = video_tokens(str(cell.checkpoint), cell.frames, cell.fps)
-        if length is None:
-            return None
-        asked = self.questions[cell.dataset]
-        if cell.limit is not None:
-            asked = min(asked, cell.limit * len(list(sources(DATASETS[cell.dataset]))))
-        return hours[cell.method] * asked * length / self.all
-
-    def published(self, cell: Cell) -> bool:
-        """Whether the paper asked these questions of this model."""
-        return (cell.model, cell.dataset) in self.lengths
-
-
-@cache
-def video_tokens(checkpoint: str, frames: int | None, fps: float | None) -> int | None:
-    """Visual tokens of a long video by a checkpoint's own processor; None if it is not on this disk."""
-    try:
-        vlm = HfVLM.without_weights(checkpoint, frames=frames, fps=fps)
-        count = len(vlm.sampling.indices(LONG, RATE))
-        clip = Clip(np.zeros((count, *TYPICAL, 3), np.uint8), tuple(np.linspace(0, LONG / RATE, count)), LONG / RATE)
-        grid = vlm.prepare(clip, "").grid
-    except UserError:
-        return None
-    return None if grid is None else grid.length

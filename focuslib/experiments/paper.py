@@ -12,7 +12,7 @@ from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.params import experiment_params
-from focuslib.experiments.runner import run_cells
+from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
 from focuslib.hardware.accelerators import ACCELERATORS
 from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
@@ -49,7 +49,7 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     if experiment == "int8":
         return _run_int8(params, folder)
     traces = folder / "focus_main" if experiment in ("main", "image") and params["write_pth"] else None
-    outcome = run_cells(experiment, cells, folder, traces, params["workers"])
+    outcome = run_cells(experiment, cells, folder, traces, Workers.of(params))
     if experiment == "dse" and params["write_pth"]:
         export_traces(outcome, [(point.trace, folder / point.file) for point in sweep_points(params)])
     return outcome
@@ -58,10 +58,10 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
 def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
     """Dense and Focus in 8 bit, and the main experiment's cells; each trace is of the main run's median sample."""
     traced = [cell for cell in int8_cells(params, {}) if cell.kind == "trace"]
-    main = run_cells("int8", traced, folder, workers=params["workers"])
+    main = run_cells("int8", traced, folder, workers=Workers.of(params))
     medians = {(result.cell.model, result.cell.dataset): result.median_index for result in main.results}
     cells = int8_cells(params, medians)
-    outcome = run_cells("int8", cells, folder, workers=params["workers"])
+    outcome = run_cells("int8", cells, folder, workers=Workers.of(params))
     outcome.ran += main.ran
     write_status(folder, "int8", outcome.results, outcome.complete, outcome.summary())
     if params["write_pth"]:

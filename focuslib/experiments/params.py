@@ -50,7 +50,7 @@ class Experiment(Results):
     or hub id, instead of the published one, or of a name of your own. frames, fps: the most frames of a video that are
     seen, and how many a second, None for the model's own rule.
     limit: questions a data set, None for all. trace_samples: questions of which the median one's trace is kept.
-    device, dtype, seed: how the models run. workers: processes that share the cells.
+    device, dtype, seed: how the models run. workers, engine, address, shard: what shares the cells, as runner.Workers.
     """
 
     models: Names
@@ -62,6 +62,9 @@ class Experiment(Results):
     trace_samples: Count
     device: str
     workers: Count = 1
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    shard: Count | None = None
     dtype: str
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 

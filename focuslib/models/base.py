@@ -55,6 +55,14 @@ class Inputs:
     shown: tuple[int, ...] = (0,)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a worker that holds a model takes of a machine. gpus: none on a device "cpu". memory_gb: main memory."""
+
+    gpus: int = 1
+    memory_gb: float = 32
+
+
 class VLM:
     """A loaded vision-language model. Subclasses implement `architecture` and `prepare`.
 
@@ -69,6 +77,7 @@ class VLM:
     generation: Mapping[str, Any] = MappingProxyType({})
     output_head: ClassVar[str] = "lm_head"
     vision_modules: ClassVar[tuple[str, ...]]
+    needs: ClassVar[Needs] = Needs()
 
     folder: Path | None = None  # of the checkpoint, where it was loaded from one
     quantization: str | None = None

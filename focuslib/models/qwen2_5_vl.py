@@ -39,7 +39,8 @@ class Qwen25VL(VLM):
         image = self.open(media)
         if not isinstance(image, Image.Image):
             raise UserError(
-                f"{self.name} takes images, as published; give an image, or load the checkpoint by the adapter hf for videos"
+                f"{self.name} takes images, as published; give an image, or load the checkpoint by the adapter hf for "
+                "videos"
             )
         pixels, grid = self.pixel_values(image)
         pads = "<|image_pad|>" * self.tokens(grid)
