@@ -14,6 +14,7 @@ EXECUTED = "results/expected/laptop"
 TITLES = {
     "main": "Focus against dense",
     "baselines": "Five methods",
+    "methods": "Methods and controls",
     "dse": "Design space",
     "int8": "INT8",
     "image": "Images",

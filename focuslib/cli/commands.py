@@ -193,6 +193,48 @@ def tuning(profile: of.Profile = "laptop") -> int:
     return 0
 
 
+@app.command(
+    rich_help_panel=_ONE,
+    epilog="Examples:\n\nfocus compare --task tinyvideo_motion --methods all --sparsity 0.75 --limit 60\n\n"
+    "focus compare --task tinyvideo_motion --methods fastv --methods vidcom2+focus --sparsity 0.5 --sparsity 0.75",
+)
+def compare(
+    task: of.Tasks,
+    model: of.Model = "tiny_onevision",
+    checkpoint: of.Checkpoint = None,
+    device: of.Device = "cpu",
+    dtype: of.Dtype = "auto",
+    methods: Annotated[
+        list[str] | None, Option(help="Give several; all by default.", autocompletion=of.method_names)
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, Option(help="Counted sparsity to meet, 0 to 1; give several. 0.75 by default.")
+    ] = None,
+    limit: of.Limit = None,
+    seed: of.Seed = 0,
+    workers: of.Workers = 1,
+    out: of.Out = Path("results/compare"),
+) -> int:
+    """Compare methods and controls at equal counted sparsity.
+
+    Dense, then every method that can meet the sparsity, on the same questions; the others at their own settings. Writes
+    one HTML page with differences to dense and to random tokens, measured prefills, and what each keeps of one clip.
+    """
+    from focuslib.experiments.compare import compared_cells
+    from focuslib.experiments.runner import run_cells
+    from focuslib.report.methods import methods_average, methods_table, write_methods, write_page
+
+    common = {"model": model, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed}
+    pairs = [{"dataset": dataset, **common} for dataset in task]
+    cells = compared_cells(pairs, methods or ["all"], sparsity or [0.75], limit)
+    outcome = run_cells("compare", cells, out, workers=workers)
+    print(outcome.summary())
+    print(methods_average(methods_table(outcome.results)).round(2).to_string(index=False, na_rep=""))
+    write_methods(outcome)
+    print(write_page(outcome, out / "compare.html", f"{model}: {', '.join(task)}"))
+    return 0 if outcome.results else 1
+
+
 def _assignment(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:

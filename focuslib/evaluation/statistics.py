@@ -52,6 +52,20 @@ def paired_difference(base: ArrayLike, other: ArrayLike) -> tuple[float, float]:
     return float(pairs.mean()), Z95 * float(np.std([*pairs, 1, -1])) / np.sqrt(len(pairs) + 2)
 
 
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """p-values corrected for being several (Holm 1979): with all below .05, at most one in twenty such tables errs.
+
+    p_values: [N], NaN where there was no test. Returns [N].
+    """
+    p = np.asarray(p_values, dtype=float)
+    corrected = np.full(len(p), np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return corrected
+
+
 def mcnemar(base: ArrayLike, other: ArrayLike) -> tuple[int, int, float]:
     """Questions only `base` got right, only `other` got right, and the exact two-sided McNemar p-value.
 

@@ -11,6 +11,7 @@ from typing import Any
 from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
+from focuslib.experiments.compare import compared_cells
 from focuslib.experiments.params import experiment_params
 from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
@@ -27,7 +28,7 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     Parameters
     ----------
     experiment
-        main, baselines, dse, int8 or image. (The hardware models have no cells: see `study_hardware`.)
+        main, baselines, methods, dse, int8 or image. (The hardware models have no cells: see `study_hardware`.)
     profile
         The folder of params/ whose file is read.
     changes
@@ -199,6 +200,9 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
         return []
     if experiment == "dse":
         return dse_cells(params)
+    if experiment == "methods":
+        pairs = list(_pairs(params))
+        return compared_cells(pairs, params["methods"], params["targets"], params["limit"], params["settings"])
     if experiment == "int8":
         any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
         return int8_cells(params, any_median)

@@ -98,6 +98,17 @@ class Baselines(Experiment):
         return self
 
 
+class Methods(Experiment):
+    """Methods and controls at equal counted sparsity.
+
+    methods: names, or all. targets: counted sparsities, 0 … 1. settings: method → settings beside the target's.
+    """
+
+    methods: Names
+    targets: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
+    settings: dict[str, dict[str, Any]] | None = None
+
+
 class Sweep(Strict):
     """One sweep of the design space: the values of one setting, on one data set."""
 
@@ -139,6 +150,7 @@ class Hardware(Results):
 EXPERIMENTS: dict[str, type[Results]] = {
     "main": Main,
     "baselines": Baselines,
+    "methods": Methods,
     "dse": Dse,
     "int8": Int8,
     "image": Image,

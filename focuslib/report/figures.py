@@ -53,9 +53,15 @@ def kept_tokens_figure(frames: np.ndarray, layout: TokenLayout, kept: dict[str, 
     frames: [F, H, W, 3] uint8. layout: where the S visual tokens lie in them; where they overlap (an image and its
     tiles), brightness is the share that is kept. kept: layer → positions (0 … S − 1) that are left after it.
     """
+    rows = {f"after layer {layer}": np.asarray(left) for layer, left in kept.items()}
+    return kept_rows_figure(frames, layout, rows, title)
+
+
+def kept_rows_figure(frames: np.ndarray, layout: TokenLayout, rows: dict[str, np.ndarray], title: str) -> Figure:
+    """The same with a label of one's own for each row: label → positions that are left."""
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames)), dtype=int)
     everything = np.arange(len(layout.frame))
-    rows = {"input": everything, **{f"after layer {layer}": np.asarray(left) for layer, left in kept.items()}}
+    rows = {"input": everything, **rows}
     figure, axes = plt.subplots(
         len(rows), len(shown), figsize=(1.4 * len(shown), 1.5 * len(rows)), squeeze=False, layout="constrained"
     )

@@ -11,6 +11,13 @@ from focuslib.report.figures import (
     trade_off_figure,
 )
 from focuslib.report.int8 import degradation_table, precision_table, write_int8_table
+from focuslib.report.methods import (
+    kept_by_method_figure,
+    methods_average,
+    methods_figure,
+    methods_table,
+    write_methods,
+)
 from focuslib.report.tables import (
     CMC_SPARSITIES,
     accuracy_table,
@@ -36,9 +43,13 @@ __all__ = [
     "degradation_table",
     "example_clip",
     "example_view",
+    "kept_by_method_figure",
     "kept_tokens_figure",
     "layout_of_table_two",
     "meta_data_table",
+    "methods_average",
+    "methods_figure",
+    "methods_table",
     "paired_table",
     "precision_table",
     "retained_figure",
@@ -51,5 +62,6 @@ __all__ = [
     "trade_off_figure",
     "write_dse_tables",
     "write_int8_table",
+    "write_methods",
     "write_tables",
 ]
