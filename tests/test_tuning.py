@@ -45,7 +45,6 @@ def test_the_bisections_choose_the_matched_settings(method):
     for dataset in tuning().datasets:
         name = dataset.removesuffix("_tune")
         closest = pd.read_csv(TABLES / f"matched_{method}_{name}.csv").iloc[0]
-        # AdapTiV's sparsity moves in steps: its similarity is a share of 128 signs
-        assert abs(closest["Computation sparsity"] - tuning().target) <= max(BISECT_TOLERANCE, 0.5)
+        assert abs(closest["Computation sparsity"] - tuning().target_of(dataset)) <= BISECT_TOLERANCE
         expected = {**bisection.fixed, bisection.setting: float(closest[bisection.setting])}
         assert matching_settings(matched, "tiny_onevision", name) == expected

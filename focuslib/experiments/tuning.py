@@ -37,7 +37,10 @@ class Bisection(Strict):
 
 
 class Tuning(Strict):
-    """A tuning.yaml. tolerance: points that a setting may lose to dense. target: counted sparsity in percent."""
+    """A tuning.yaml. tolerance: points that a setting may lose to dense.
+
+    target: counted sparsity in percent. targets: data set → another one, where a method's sparsity moves in steps.
+    """
 
     model: str
     checkpoint: str | None = None
@@ -49,9 +52,14 @@ class Tuning(Strict):
     workers: Count = 1
     tolerance: float = 1.0
     target: float = 60
+    targets: dict[str, float] = Field(default_factory=dict)
     datasets: list[str] = Field(default_factory=list)
     grid: dict[str, Grid] = Field(default_factory=dict)
     bisect: dict[str, Bisection] = Field(default_factory=dict)
+
+    def target_of(self, dataset: str) -> float:
+        """The counted sparsity that all methods are matched at on a data set."""
+        return self.targets.get(dataset, self.target)
 
     def common(self) -> dict[str, Any]:
         """What all cells have in common."""
@@ -97,7 +105,8 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
     for name, bisection in tuning.bisect.items():
         for dataset in tuning.datasets:
             table = bisect_sparsity(
-                name, bisection.setting, bisection.low, bisection.high, tuning.target, bisection.fixed, [dataset],
+                name, bisection.setting, bisection.low, bisection.high, tuning.target_of(dataset),
+                bisection.fixed, [dataset],
                 {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE,
                 workers=tuning.workers,
             )  # fmt: skip
