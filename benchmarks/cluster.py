@@ -20,12 +20,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from benchmarks.two_nodes import Nodes, descendants
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.cluster import RayEngine
 from focuslib.experiments.engine import Answer, Queue, Report
 from focuslib.experiments.local import LocalEngine
 from focuslib.experiments.shards import Shard, questions_of, split
+from focuslib.experiments.worker import Worker
 
 DRIVER = """
 import json, os, sys
@@ -41,13 +44,11 @@ def noted(self, answer):
         file.write(json.dumps([self.path.stem, answer.entry["task"], answer.entry["doc_id"]]) + "\\n")
 spread.CellRun.keep = noted
 if __name__ == "__main__":
-    chosen = {"results": results, "workers": 2, "shard": 5, **json.loads(changes)}
+    chosen = {"results": results, "workers": 2, **json.loads(changes)}
     if address:
         chosen |= {"engine": "ray", "address": address}
     for experiment in experiments.split(","):
-        own = {"matched_limit": 10} if experiment == "baselines" else {}
-        own |= {"ablation_limit": 10} if experiment == "dse" else {}
-        outcome = run(experiment, "laptop", chosen | own)
+        outcome = run(experiment, "laptop", chosen)
         print(outcome.summary(), flush=True)
         assert outcome.complete
     write_tables(outcome.folder)
@@ -59,6 +60,14 @@ class Idle:
 
     def answer(self, shard):
         yield Report({"seconds": 0.0})
+
+
+class OneCore(Worker):
+    """A worker of one core, as each of two has here; a single local one would take both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.set_num_threads(1)
 
 
 def empty(engine, count: int) -> None:
@@ -99,28 +108,33 @@ def speed(engines: dict[int, object], size: int, limit: int) -> None:
     print(f"two workers have {walls[1] / walls[2]:.2f} × the speed of one", flush=True)
 
 
-def faults(folder: Path, experiments: str, changes: dict, kills: int, seed: int) -> None:
+def faults(given: argparse.Namespace) -> None:
     """A profile in processes, on two nodes, and on two nodes that are hit: the tables must be the same bytes."""
+    folder, dice = given.folder, random.Random(given.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    drive(folder, "bench-local", "", experiments, changes)
+    what = given.experiments, given.changes
+    if "local" in given.steps:
+        drive(folder, "bench-local", "", *what)
     nodes = Nodes(Path("/tmp") / f"focus-bench-{os.getpid()}")
     try:
-        head = nodes.add(head=True)
+        nodes.add(head=True)
         nodes.add()
-        drive(folder, "bench-ray", nodes.address, experiments, changes)
-        compare("bench-local", "bench-ray")
-        dice, stop = random.Random(seed), threading.Event()
-        hit = threading.Thread(target=strike, args=(nodes, dice, kills, stop))
-        hit.start()
-        drive(folder, "bench-workers", nodes.address, experiments, changes)
-        stop.set()
-        hit.join()
-        compare("bench-local", "bench-workers")
-        for _ in range(3):
-            drive(folder, "bench-driver", nodes.address, experiments, changes, after=dice.uniform(20, 60))
-        drive(folder, "bench-driver", nodes.address, experiments, changes)
-        compare("bench-local", "bench-driver")
-        assert head == 0
+        if "ray" in given.steps:
+            drive(folder, "bench-ray", nodes.address, *what)
+            compare("bench-local", "bench-ray")
+        if "workers" in given.steps:
+            stop = threading.Event()
+            hits = threading.Thread(target=strike, args=(nodes, dice, given.kills, given.pause, stop))
+            hits.start()
+            drive(folder, "bench-workers", nodes.address, *what)
+            stop.set()
+            hits.join()
+            compare("bench-local", "bench-workers")
+        if "driver" in given.steps:
+            for _ in range(3):
+                drive(folder, "bench-driver", nodes.address, *what, after=15 + dice.uniform(0, 2 * given.pause))
+            drive(folder, "bench-driver", nodes.address, *what)
+            compare("bench-local", "bench-driver")
     finally:
         nodes.end()
 
@@ -149,16 +163,16 @@ def drive(folder: Path, name: str, address: str, experiments: str, changes: dict
     print(f"{name}: {how}; {new} answers came, of {len(lines)} in all {twice} were there already", flush=True)
 
 
-def strike(nodes: Nodes, dice: random.Random, kills: int, stop: threading.Event) -> None:
+def strike(nodes: Nodes, dice: random.Random, kills: int, pause: float, stop: threading.Event) -> None:
     """Kill workers at random moments, once a whole node; another joins a little later."""
     for number in range(kills + 1):
-        if stop.wait(dice.uniform(8, 20)):
+        if stop.wait(dice.uniform(0.5, 1.5) * pause):
             print(f"the run ended before kill {number + 1}", flush=True)
             return
         if number == kills // 2:
             nodes.kill(1)
             print("killed a node", flush=True)
-            stop.wait(10)
+            stop.wait(pause)
             nodes.add()
             print("a node joined", flush=True)
             continue
@@ -208,12 +222,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=480, help="questions, of speed")
     parser.add_argument("--experiments", default="main,baselines,dse,int8,image", help="of faults")
     parser.add_argument("--changes", type=json.loads, default={}, help="of faults, such as '{\"limit\": 20}'")
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--steps", nargs="+", default=["local", "ray", "workers", "driver"], help="of faults")
+    parser.add_argument("--kills", type=int, default=5, help="of workers")
+    parser.add_argument("--pause", type=float, default=14.0, help="seconds between two kills, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("build/cluster"))
     given = parser.parse_args()
     if given.what == "faults":
-        faults(given.folder, given.experiments, given.changes, given.kills, given.seed)
+        faults(given)
         return
     nodes = None
     if given.engine == "ray":
@@ -225,7 +241,7 @@ def main() -> None:
         if given.what == "empty":
             empty(make(2, Idle), given.count)
         else:
-            speed({count: make(count) for count in (1, 2)}, given.shard, given.limit)
+            speed({count: make(count, OneCore) for count in (1, 2)}, given.shard, given.limit)
     finally:
         if nodes:
             nodes.end()

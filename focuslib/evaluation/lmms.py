@@ -271,10 +271,14 @@ def load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Tas
 def requests(dataset: Dataset, model_name: str, limit: int | None) -> list[Instance]:
     """All that lmms-eval asks of a data set, in its order; limit: the first so many questions of each task."""
     found: list[Instance] = []
-    for task in load_tasks(dataset, model_name)[1]:
+    logger.disable("lmms_eval")  # a line a task
+    try:
         with without_bars(lmms_eval.api.task):
-            task.build_all_requests(limit=limit)
-        found += task.instances
+            for task in load_tasks(dataset, model_name)[1]:
+                task.build_all_requests(limit=limit)
+                found += task.instances
+    finally:
+        logger.enable("lmms_eval")
     return found
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from threading import Thread
@@ -39,12 +40,9 @@ class LocalEngine:
         self._hands = [_Hand(number, self.count, self.make) for number in range(self.count)]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for hand in self._hands:
-            hand.process.terminate()
-        for hand in self._hands:
-            hand.process.join()
-            hand.connection.close()
+            hand.stop(at_once=kind is not None)
         self._hands, self.running = [], {}
 
     def run(self, queue: Queue) -> Iterator[tuple[Shard, Message]]:
@@ -129,10 +127,12 @@ class _Hand:
         self.process.start()
         theirs.close()  # else the end of the process would not end the connection
 
-    def stop(self) -> None:
-        self.process.terminate()
+    def stop(self, at_once: bool = True) -> None:
+        """End the process; it may end by itself where it has no shard."""
+        if at_once or self.given:
+            self.process.terminate()
+        self.connection.close()  # at which it ends
         self.process.join()
-        self.connection.close()
 
     def restart(self) -> None:
         self.stop()
@@ -150,10 +150,10 @@ def _serve(connection: Connection, number: int, count: int, make: Callable[[], W
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     work = make()
-    while True:
-        shard = connection.recv()
-        for message in messages(work, shard):
-            connection.send(message)
+    with suppress(EOFError):  # the driver needs it no longer
+        while True:
+            for message in messages(work, connection.recv()):
+                connection.send(message)
 
 
 def _end_with(parent: BaseProcess) -> None:
