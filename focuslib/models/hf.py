@@ -124,7 +124,7 @@ class HfVLM(VLM):
         parts = [part if part["type"] == "text" else {"type": next(numbers)} for part in parts]
         ready = self._process(parts, opened)
         offsets = ready.pop("text_replacement_offsets", None)
-        tensors = {name: self._to_model(value) for name, value in ready.items()}
+        tensors = {name: self._to_model(value, "pixel" in name) for name, value in ready.items()}
         if not opened:
             return Inputs(tensors, None)
         return Inputs(tensors, *self._grid(ready, offsets[0] if offsets else None, opened))
@@ -211,12 +211,13 @@ class HfVLM(VLM):
             raise UserError(f"{self.name}: its config names no placeholder of images (image_token_id)")
         return ids
 
-    def _to_model(self, value: Any) -> Any:
+    def _to_model(self, value: Any, pixels: bool) -> Any:
+        """Tensors on the model's device; pixels in its dtype, but no times, which would lose too much."""
         if isinstance(value, (list, tuple)):
-            return type(value)(self._to_model(item) for item in value)
+            return type(value)(self._to_model(item, pixels) for item in value)
         if not isinstance(value, Tensor):
             return value
-        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+        return value.to(self.device, self.dtype if pixels and value.is_floating_point() else None)
 
 
 def load_processor(folder: Path) -> Any:

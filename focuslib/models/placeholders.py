@@ -77,10 +77,14 @@ def video_places(medium: Shown, ready: Mapping[str, Any], processor: Any) -> lis
             places = places[kept]
         if len(places) == medium.length:
             return [places]
+    frame, more = divmod(medium.length, medium.frames)
+    if more == 0:
+        return [box(medium.frames, *plane(frame))]
+    if more == 1 and len(medium.runs) == 1:  # LLaVA-OneVision: a newline at the video's end
+        return [box(medium.frames, *plane(frame)), box(1, 1, 1)]
     sizes = {length for _, length in medium.runs}
-    for frames in (medium.frames, len(medium.runs) if len(sizes) == 1 else 1):
-        if medium.length % frames == 0:
-            return [box(frames, *plane(medium.length // frames))]
+    if len(sizes) == 1:
+        return [box(len(medium.runs), *plane(sizes.pop()))]
     return [box(1, 1, medium.length)]
 
 
@@ -89,7 +93,9 @@ def image_places(medium: Shown, ready: Mapping[str, Any], processor: Any, config
     thw = patch_grid("image", medium.index, ready, processor)
     if thw is not None and math.prod(thw) == medium.length:
         return [box(*thw)]
-    for layout in (_rows_between_breaks, _named_tiles, _unpadded_map, _tiles_of_one_run):
+    if (places := _resized(medium, ready, processor)) is not None:
+        return places
+    for layout in (_named_tiles, _unpadded_map, _tiles_of_one_run):
         if (places := layout(medium, processor, config)) is not None:
             return places
     sizes = {length for _, length in medium.runs}
@@ -139,11 +145,13 @@ def _kept(index: int, ready: Mapping[str, Any], processor: Any) -> Tensor | None
     return torch.as_tensor(mask).bool().split(sizes)[index]
 
 
-def _rows_between_breaks(medium: Shown, processor: Any, config: Any) -> list[Places] | None:
-    """Pixtral, Mistral 3: a break token after each row."""
-    rows, columns = len(medium.runs), medium.runs[0][1]
-    breaks = getattr(processor, "image_break_token_id", None) is not None
-    return [box(1, rows, columns)] if breaks and rows * columns == medium.length else None
+def _resized(medium: Shown, ready: Mapping[str, Any], processor: Any) -> list[Places] | None:
+    """Pixtral, Mistral 3, LightOnOCR: a token for each block of merged patches of the resized picture."""
+    sizes, merge = ready.get("image_sizes"), getattr(processor, "spatial_merge_size", None)
+    if sizes is None or merge is None:
+        return None
+    rows, columns = (int(side) // (processor.patch_size * merge) for side in sizes[medium.index])
+    return [box(1, rows, columns)] if rows * columns == medium.length else None
 
 
 def _named_tiles(medium: Shown, processor: Any, config: Any) -> list[Places] | None:
