@@ -13,7 +13,7 @@ BIN := $(ENV)/bin
 DONE := $(ENV)/.focuslib-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke check test test-browser docs lab bench verify report clean
+.PHONY: help setup reproduce smoke check test test-browser docs lab scan bench verify report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ setup: $(DONE) ## install the package and its pinned dependencies (in .venv, or 
 reproduce: $(DONE) ## run the experiment notebooks: PROFILE=laptop (minutes, offline) or paper (GPU); ONLY=main for one
 	$(BIN)/focus reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
 
-smoke: $(DONE) ## run the paper profile's notebooks on tiny replicas of its models and data sets (minutes, offline)
+smoke: $(DONE) ## run the notebooks of the profiles paper and modern on tiny replicas (minutes, offline)
 	$(BIN)/python tests/smoke.py $(ONLY)
 
 check: $(DONE) ## lint, format, import layers and types, and that the teaching notebooks run (a minute or two)
@@ -51,6 +51,9 @@ docs: $(DONE) ## build the documentation site, offline: build/site/index.html
 
 lab: $(DONE) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
+
+scan: $(DONE) ## try every image-text-to-text family of transformers under the patch; writes docs/models/families.md (minutes)
+	$(BIN)/python tests/scan_families.py $(ONLY)
 
 bench: $(DONE) ## measure the speed claims, each a ratio within one run
 	$(BIN)/python -m benchmarks.sic

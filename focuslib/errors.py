@@ -46,6 +46,7 @@ EXTRAS = {
         "traitlets",
     ),
     "int8": ("bitsandbytes",),
+    "cluster": ("ray",),
 }  # fmt: skip
 
 

@@ -59,3 +59,18 @@ def no_network():
     network_calls.clear()
     yield
     assert network_calls == []
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory):
+    """Name of tiny_families.CHECKPOINTS → its checkpoint's folder, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def checkpoint(name: str) -> Path:
+        from tiny_families import write_checkpoint
+
+        if name == "smolvlm":
+            pytest.importorskip("num2words")
+        return folder / name if (folder / name).exists() else write_checkpoint(name, folder / name)
+
+    return checkpoint

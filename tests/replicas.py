@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import tiny_families
 import torch
 from datasets import DatasetInfo, Features, Image, Sequence, SplitDict, SplitInfo, Value
 from datasets.arrow_writer import ArrowWriter
@@ -40,6 +41,19 @@ FIRM = 100.0  # how firmly an answer ends after its first letter
 def write_checkpoints(folder: Path) -> dict[str, str]:
     """All four checkpoints; returns model name → folder, as the `checkpoints` parameter wants it."""
     return {name: str(write_checkpoint(name, folder / name)) for name in FAMILIES}
+
+
+def write_modern(folder: Path) -> dict[str, str]:
+    """The checkpoints of the modern profile with its three processors; returns hub id → folder."""
+    families = {
+        "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+        "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+        "OpenGVLab/InternVL3_5-8B-HF": "internvl",
+    }
+    return {
+        hub: str(tiny_families.write_checkpoint(name, folder / hub.split("/")[1], num_hidden_layers=LAYERS))
+        for hub, name in families.items()
+    }
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:

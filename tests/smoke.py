@@ -1,6 +1,7 @@
-"""Run the paper profile's notebooks on tiny replicas of its models and data sets, offline, and check what they write.
+"""Run the notebooks of the profiles paper and modern on tiny replicas, offline, and check what they write.
 
-python tests/smoke.py [experiment …] (make smoke, ONLY=experiment); results in results/paper-replica.
+python tests/smoke.py [experiment …] (make smoke, ONLY=experiment; modern is the second profile's comparison); results
+in results/paper-replica and results/modern-replica.
 """
 
 import os
@@ -11,10 +12,11 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PROFILE = "paper-replica"
+PROFILE, MODERN = "paper-replica", "modern-replica"
 VIDEO = list(product(("llava_vid", "llava_onevision", "minicpm_v"), ("videomme", "mlvu", "mvbench")))
 IMAGE = list(product(("llava_onevision", "qwen2_5_vl"), ("vqav2", "mme", "mmbench")))
-USUAL = ["main", "baselines", "image"]  # INT8 and the design space take the same models and data again
+MODELS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct", "InternVL3_5-8B-HF")  # of the modern profile
+USUAL = ["main", "baselines", "image", "modern"]  # INT8 and the design space take the same models and data again
 # table → its rows' (model, data set) pairs, by experiment
 ROWS = {
     "accuracy.csv": {"main": VIDEO, "baselines": VIDEO, "image": IMAGE, "int8": VIDEO},
@@ -61,15 +63,37 @@ def main(experiments: list[str]) -> None:
         replicas.write_datasets(hf_home)
         checkpoints = replicas.write_checkpoints(Path(folder) / "checkpoints")
         models = {"checkpoints": checkpoints, "device": "cpu", "dtype": "float32", "workers": 2}
-        for experiment in experiments:
+        for experiment in (name for name in experiments if name != "modern"):
             began = time.time()
             changes = {} if experiment == "hardware" else models  # it runs none
             execute(experiment, "paper", {"results": PROFILE, **changes})
             status = read_status(results, experiment)
             print(f"{experiment}: {status['text']} ({time.time() - began:.0f} s)")
             assert status["complete"], experiment
-        check_files(results, experiments)
+        check_files(results, [name for name in experiments if name != "modern"])
+        if "modern" in experiments:
+            modern(results_folder(MODERN), Path(folder) / "modern")
     print(f"every file has its rows; {time.time() - start:.0f} s in all")
+
+
+def modern(results: Path, folder: Path) -> None:
+    """The comparison of the modern profile: every pair has a score of every method, and no question failed."""
+    import pandas as pd
+    import replicas
+
+    from focuslib.experiments.notebooks import execute
+    from focuslib.experiments.store import read_status
+
+    began = time.time()
+    shutil.rmtree(results, ignore_errors=True)
+    changes = {"checkpoints": replicas.write_modern(folder), "device": "cpu", "dtype": "float32", "workers": 2}
+    execute("baselines", "modern", {"results": MODERN, "frames": 8, **changes})
+    status = read_status(results, "baselines")
+    print(f"modern: {status['text']} ({time.time() - began:.0f} s)")
+    assert status["complete"], "modern"
+    table = pd.read_csv(results / "accuracy.csv").set_index(["Models", "Dataset"])
+    assert sorted(table.index) == sorted(product(MODELS, ("videomme", "mlvu", "mvbench")))
+    assert not table[sorted(COLUMNS["baselines"])].isna().any(axis=None)
 
 
 def check_files(results: Path, experiments: list[str]) -> None:

@@ -44,7 +44,7 @@ def complaint(load, *arguments, **settings) -> str:
 
 
 def test_names():
-    assert set(MODELS) == {"llava_vid", "llava_onevision", "minicpm_v", "qwen2_5_vl", "tiny_onevision"}
+    assert set(MODELS) == {"llava_vid", "llava_onevision", "minicpm_v", "qwen2_5_vl", "tiny_onevision", "hf"}
     assert all(cls.name == name for name, cls in MODELS.items())
 
 

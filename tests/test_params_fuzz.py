@@ -11,9 +11,9 @@ import yaml
 
 from focuslib.errors import UserError
 from focuslib.evaluation.settings import methods_file
-from focuslib.experiments.check import PublishedCost, published_cost
 from focuslib.experiments.paper import plan, planned_cells
 from focuslib.experiments.params import EXPERIMENTS, read_params
+from focuslib.experiments.published import PublishedCost, published_cost
 from focuslib.experiments.tuning import read_tuning
 from focuslib.methods import METHODS
 from focuslib.methods.base import Method

@@ -5,36 +5,51 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from focuslib.experiments.cell import make_cell
-from focuslib.experiments.pool import process_pool
+from focuslib.experiments import runner
+from focuslib.experiments.cell import Cell, make_cell
+from focuslib.experiments.engine import Queue
+from focuslib.experiments.local import LocalEngine
 from focuslib.experiments.runner import run_cells
+from focuslib.experiments.shards import Shard
+from focuslib.experiments.worker import Worker
 
 PARENT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 sys.path.insert(0, {tests!r})
-from test_workers import sleep
-from focuslib.experiments.pool import process_pool
+from test_workers import Sleep, shard_of
+from focuslib.experiments.engine import Queue
+from focuslib.experiments.local import LocalEngine
 if __name__ == "__main__":
-    with process_pool(2) as pool:
-        futures = [pool.submit(sleep, folder) for folder in sys.argv[1:]]
-        print([future.result() for future in futures])
+    with LocalEngine(2, Sleep) as engine:
+        print(list(engine.run(Queue(map(shard_of, sys.argv[1:])))))
 """
 
 
-def sleep(folder: str) -> None:
+class Sleep:
     """Work that leaves its process number and would go on for long."""
-    (Path(folder) / "worker").write_text(str(os.getpid()))
-    time.sleep(300)
+
+    def answer(self, shard):
+        (Path(shard.cell.checkpoint) / "worker").write_text(str(os.getpid()))
+        time.sleep(300)
+        yield
 
 
-def die(*_) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def shard_of(folder: str) -> Shard:
+    return Shard(Cell("accuracy", "tiny_onevision", "x", "dense", {}, 1, "cpu", "float32", 0, checkpoint=folder), 1, 1)
+
+
+class DiesOfNeedle(Worker):
+    def answer(self, shard):
+        if "needle" in shard.cell.dataset:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answer(shard)
 
 
 def wait_for(condition, seconds: float = 600) -> None:
@@ -69,9 +84,10 @@ def test_workers_end_with_their_parent(tmp_path, how):
 
 
 def test_an_exception_ends_the_workers(tmp_path):
-    with pytest.raises(ZeroDivisionError), process_pool(1) as pool:
-        pool.submit(sleep, str(tmp_path))
-        wait_for((tmp_path / "worker").exists)
+    with pytest.raises(ZeroDivisionError), LocalEngine(1, Sleep) as engine:
+        Thread(target=lambda: list(engine.run(Queue([shard_of(str(tmp_path))]))), daemon=True).start()
+        note = tmp_path / "worker"
+        wait_for(lambda: note.exists() and note.read_text())
         raise ZeroDivisionError
     wait_for(lambda: not is_running(int((tmp_path / "worker").read_text())))
 
@@ -80,12 +96,7 @@ def test_a_worker_that_dies_costs_only_its_cell(tmp_path, monkeypatch):
     common = {"model": "tiny_onevision", "limit": 1, "device": "cpu", "dtype": "float32", "seed": 0}
     names = ("motion", "needle", "attributes")
     chosen = [make_cell("accuracy", dataset=f"tinyvideo_{name}", method="dense", **common) for name in names]
-    submit = ProcessPoolExecutor.submit
-
-    def lethal(self, function, cell, *rest):
-        return submit(self, die) if cell == chosen[1] else submit(self, function, cell, *rest)
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", lethal)
+    monkeypatch.setattr(runner, "LocalEngine", partial(LocalEngine, make=DiesOfNeedle))
     outcome = run_cells("main", chosen, tmp_path, workers=2)
     assert [result.cell for result in outcome.results] == [chosen[0], chosen[2]]
     ((cell, why),) = outcome.failed.items()

@@ -1,13 +1,17 @@
 """Tiny random models of many decoder families of transformers, none of whose parameters is left at a neutral value."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import tiny_processors as processors
 import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
     GemmaConfig,
@@ -51,9 +55,7 @@ class Replay(Focus):
     def after_attention(self, prefill, layer, hidden):
         if layer not in self.kept:
             return hidden, None
-        visual, rows = prefill.visual, torch.arange(len(hidden))
-        still = torch.isin(prefill.present, self.kept[layer]).nonzero().squeeze(1) + visual.start
-        return hidden, torch.cat([rows[: visual.start], still, rows[visual.stop :]])
+        return hidden, prefill.keep(torch.isin(prefill.present, self.kept[layer]))
 
 
 def family(name: str, attention: str, **settings) -> SimpleNamespace:
@@ -163,3 +165,69 @@ def gemma4() -> PreTrainedModel:
     return Gemma4ForConditionalGeneration(
         Gemma4Config(text_config=TEXT | {"vocab_size_per_layer_input": 96}, vision_config=vision)
     )
+
+
+# ---- checkpoints of today's families with real processors, for the generic adapter ---------------------------------
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
+WORDS = TEXT | {"num_hidden_layers": 5, "vocab_size": processors.VOCABULARY, "max_position_embeddings": 4096}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+               "out_hidden_size": 32, "temporal_patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
+CHECKPOINTS = {  # family → its processor, and the parts of its config beside the placeholders' ids
+    "qwen2_5_vl": (lambda: processors.qwen("qwen2_5_vl"), {
+        "text_config": WORDS | {"rope_parameters": MROPE},
+        "vision_config": QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
+    }),
+    "qwen3_vl": (lambda: processors.qwen("qwen3_vl"), {
+        "text_config": WORDS | {"rope_parameters": MROPE | {"mrope_interleaved": True}},
+        "vision_config": QWEN_VISION
+        | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]},
+    }),
+    "internvl": (processors.internvl, {
+        "text_config": WORDS | {"model_type": "qwen3"}, "image_seq_length": 4,
+        "vision_config": VISION | {"image_size": [16, 16], "patch_size": [4, 4]},
+    }),
+    "smolvlm": (processors.smolvlm, {
+        "text_config": WORDS | {"model_type": "llama"}, "vision_config": VISION, "scale_factor": 2,
+    }),
+    "llava_next_video": (processors.llava_next_video, {
+        "text_config": WORDS | {"model_type": "llama"}, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+        "vision_config": VISION | {"model_type": "clip_vision_model", "num_hidden_layers": 2},
+        "image_seq_length": 16, "video_seq_length": 4,
+    }),
+    "video_llama_3": (processors.video_llama_3, {
+        "text_config": WORDS | {"model_type": "qwen2"}, "vision_config": {**VISION, "image_size": None},
+    }),
+    "mistral3": (processors.mistral3, {
+        "text_config": WORDS | {"model_type": "ministral3"}, "spatial_merge_size": 2,
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 16},
+    }),
+    "paddleocr_vl": (processors.paddleocr_vl, {
+        "text_config": WORDS | {"rope_parameters": MROPE}, "vision_config": VISION | {"image_size": 32},
+    }),
+}  # fmt: skip
+VIDEO_FAMILIES = [name for name in CHECKPOINTS if name not in ("mistral3", "paddleocr_vl")]
+
+
+def write_checkpoint(name: str, folder: Path, **text: Any) -> Path:
+    """A checkpoint of one of CHECKPOINTS: random weights, config, processor and tokenizer. text: of its text_config."""
+    make, settings = CHECKPOINTS[name]
+    processor = make()
+    number = processor.tokenizer.convert_tokens_to_ids
+    tokens = {kind: number(getattr(processor, f"{kind}_token", None) or "<|endoftext|>") for kind in ("image", "video")}
+    ids = {f"{kind}_token_{part}": token for kind, token in tokens.items() for part in ("id", "index")}
+    ids |= {f"vision_{end}_token_id": number(f"<|vision_{end}|>") or 0 for end in ("start", "end")}
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    if settings["vision_config"].get("image_size", 0) is None:
+        del settings["vision_config"]["image_size"]
+    settings["text_config"] |= {"eos_token_id": number("<|im_end|>"), "pad_token_id": number("<|endoftext|>"), **text}
+    family = CONFIG_MAPPING[name]
+    known = {key: value for key, value in ids.items() if key in family().to_dict() or key in family.attribute_map}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(family(**settings, **known))
+    vlm(model).model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

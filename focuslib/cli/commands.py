@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from typer import Argument, Option
 import focuslib
 from focuslib.cli import options as of
 from focuslib.cli.group import Commands, UsageError
-from focuslib.errors import UserError, pick
+from focuslib.errors import UserError, needs_extra
 from focuslib.paths import params_folder
 
 _ONE, _ALL, _HARDWARE = "Score a method", "The paper's experiments", "Hardware"  # panels of `focus --help`
@@ -57,6 +58,8 @@ def run(
     task: of.Task,
     model: of.Model = "tiny_onevision",
     checkpoint: of.Checkpoint = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
     device: of.Device = "cpu",
     dtype: of.Dtype = "auto",
     method: of.Method = "focus",
@@ -65,6 +68,9 @@ def run(
     limit: of.Limit = None,
     seed: of.Seed = 0,
     workers: of.Workers = 1,
+    engine: of.Engine = None,
+    address: of.Address = None,
+    shard: of.Shard = None,
     out: of.Out = Path("results/run"),
     trace_dir: Annotated[
         Path | None,
@@ -77,26 +83,36 @@ def run(
     Hyper-parameters come from params/methods.yaml; --set replaces them.
     """
     from focuslib.experiments.cell import make_cell
-    from focuslib.experiments.runner import run_cells
+    from focuslib.experiments.runner import Workers, run_cells
     from focuslib.report.tables import comparison_table
 
+    _check_engine(engine, address)
     if trace_dir and method != "focus":
         raise UserError(f"--trace-dir: {method} has no traces; the simulator's are of --method focus")
     chosen = dict(_assignment(text, "--set") for text in settings or [])
     cells = [
         make_cell(
             kind, model=model, checkpoint=checkpoint, dataset=task, method=method, settings=chosen, limit=limit,
-            device=device, dtype=dtype, seed=seed,
+            device=device, dtype=dtype, seed=seed, frames=frames, fps=fps,
         )
         for kind in (["accuracy", "trace"] if trace_dir else ["accuracy"])
     ]  # fmt: skip
-    outcome = run_cells("run", cells, out, trace_dir, workers)
+    outcome = run_cells("run", cells, out, trace_dir, Workers(workers, engine or "local", address, shard))
     print(outcome.summary())
     table = comparison_table(outcome.results)
     if not table.empty:
         print(table.round(2).to_string(index=False))
     unreadable = any(result.unreadable for result in outcome.results)
     return 1 if outcome.failed or unreadable else 0
+
+
+def _check_engine(engine: str | None, address: str | None) -> None:
+    if engine not in (None, "local", "ray"):
+        raise UsageError(f"--engine {engine}: write local or ray")
+    if address and engine != "ray":
+        raise UsageError(f"--address {address}: is of a Ray cluster; add --engine ray")
+    if engine == "ray" and find_spec("ray") is None:
+        raise needs_extra("--engine ray", "cluster")
 
 
 @app.command(
@@ -109,6 +125,8 @@ def tune(
     task: of.Tasks,
     model: of.Model = "tiny_onevision",
     checkpoint: of.Checkpoint = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
     device: of.Device = "cpu",
     dtype: of.Dtype = "auto",
     method: of.Method = "focus",
@@ -140,6 +158,7 @@ def tune(
 
     common = {
         "model": model, "checkpoint": checkpoint, "limit": limit, "device": device, "dtype": dtype, "seed": seed,
+        "frames": frames, "fps": fps,
     }  # fmt: skip
     if grid:
         if settings:
@@ -238,14 +257,14 @@ def lmms_eval(context: typer.Context) -> int:
     from lmms_eval.cli.dispatch import main as stock
 
     from focuslib.methods.settings import typed_settings
-    from focuslib.models import MODELS
+    from focuslib.models.registry import named
 
     # lmms-eval reports a mistake in these with a traceback and exit status 0
     pairs = [pair.partition("=") for pair in _value(context.args, "--model_args").split(",") if pair]
     given = {name: value for name, _, value in pairs}
     if _value(context.args, "--model") == "focuslib":
-        pick(MODELS, given.pop("model", "tiny_onevision"), "model")
-        own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size")
+        named(given.pop("model", "tiny_onevision"), given.get("pretrained"))
+        own = ("pretrained", "device", "dtype", "batch_size", "max_batch_size", "frames", "fps")
         settings = {name: value for name, value in given.items() if name not in (*own, "method")}
         typed_settings(given.get("method", "dense"), settings)
     sys.argv = ["lmms-eval", *context.args]
@@ -262,10 +281,18 @@ def _value(arguments: list[str], name: str) -> str:
     return ""
 
 
-@app.command(rich_help_panel=_ALL, epilog="Example: focus reproduce --profile laptop --only main")
+@app.command(
+    rich_help_panel=_ALL,
+    epilog="Examples:\n\nfocus reproduce --profile laptop --only main\n\n"
+    "focus reproduce --profile paper --engine ray --address auto --workers 64",
+)
 def reproduce(
     profile: of.Profile = "laptop",
     only: Annotated[str | None, Option(help="One notebook, such as main.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Instead of the parameter files' workers.")] = None,
+    engine: of.Engine = None,
+    address: of.Address = None,
+    shard: of.Shard = None,
 ) -> int:
     """Run the experiment notebooks.
 
@@ -273,7 +300,10 @@ def reproduce(
     """
     from focuslib.experiments.reproduce import reproduce
 
-    return 0 if reproduce(profile, only) else 1
+    _check_engine(engine, address)
+    given = {"workers": workers, "engine": engine, "address": address, "shard": shard}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return 0 if reproduce(profile, only, workers=chosen) else 1
 
 
 @app.command(
@@ -332,6 +362,44 @@ def check(profile: of.Profile = "paper") -> int:
     return 1 if missing else 0
 
 
+@app.command(
+    rich_help_panel=_ALL,
+    epilog="Examples:\n\nfocus plan --price 2.5\n\nfocus plan --profile laptop --probe 3\n\n"
+    "focus plan --address auto (also what is missing on which node)",
+)
+def plan(
+    profile: of.Profile = "paper",
+    price: Annotated[float | None, Option(min=0, help="Of a GPU for an hour, for what the run costs.")] = None,
+    probe: Annotated[
+        int | None, Option(min=1, help="Questions to ask here of every method, instead of published seconds.")
+    ] = None,
+    shard: of.Shard = None,
+    address: of.Address = None,
+) -> int:
+    """Say what a profile will take before it starts.
+
+    Shards, expected hours and cost on 1 to 64 GPUs, by simulating how an engine gives the shards out. Makes no network
+    call but to the nodes of --address; exit status 1 if anything is missing on one of these.
+    """
+    from focuslib.experiments.forecast import forecast, sizes
+
+    found = forecast(profile, shard, probe)
+    where = "measured here" if probe else "published for one 80 GB GPU"
+    print(f"{len(found.shards)} shards, {found.seconds / 3600:.0f} GPU hours ({where}): {sizes(found)}")
+    print(found.table(price).round(2).to_string(index=False))
+    assumed = "" if probe else ", assumed"
+    print(f"longest chain: {found.chain() / 3600:.2f} h, with {found.loading:.0f} s to load a model{assumed}")
+    for name, cells in found.unknown.items():
+        print(f"not counted, for no time is published: {len(cells)} cells of {name}; measure with --probe")
+    if address is None:
+        return 0
+    from focuslib.experiments.cluster import missing_on_nodes
+
+    missing = missing_on_nodes(address, found.cells)
+    print("\n".join(missing) or "nothing is missing on any node")
+    return 1 if missing else 0
+
+
 def _fetchable(incomplete: str) -> list[str]:
     return [*of.model_names(incomplete), *of.task_names(incomplete)]
 
@@ -362,7 +430,10 @@ def measure(
     clip: Annotated[
         Path | None, Option(help="A video or an image; a shape makes up its own, of --frames frames.")
     ] = None,
-    frames: Annotated[int, Option(min=1, help="Frames of the made-up clip.")] = 16,
+    frames: Annotated[
+        int | None, Option(min=1, help="The most frames of a video; of a shape's made-up clip, 16 by default.")
+    ] = None,
+    fps: of.Fps = None,
     layers: Annotated[int | None, Option(min=1, help="Layers of a shape.")] = None,
     repeats: Annotated[int, Option(min=1, help="Turns of every method.")] = 5,
     device: of.Device = "cpu",
@@ -375,10 +446,11 @@ def measure(
     """
     from focuslib.evaluation.speed import explain, load_measured, measure_speed, methods_for
 
-    vlm = load_measured(model, checkpoint=checkpoint, layers=layers, device=device, dtype=dtype)
+    sampling = {"frames": frames, "fps": fps}
+    vlm = load_measured(model, checkpoint=checkpoint, layers=layers, device=device, dtype=dtype, **sampling)
     methods = methods_for(vlm, method or ["dense", "focus"])
     media = None if clip is None else str(clip)
-    for row in measure_speed(vlm, methods, clip=media, frames=frames, repeats=repeats, out=out):
+    for row in measure_speed(vlm, methods, clip=media, frames=frames or 16, repeats=repeats, out=out):
         print(
             f"{row['method']}: prefill {row['prefill_ms']:.1f} ms ({row['over_dense'] or float('nan'):.2f} of dense), "
             f"{row['memory_mib']:.0f} MiB, counted sparsity {100 * row['sparsity']:.1f} %; {explain(row)}"

@@ -15,7 +15,7 @@ from focuslib.errors import UserError, extra_of, needs_extra
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 # these need [lab], which includes [eval]; the first package they miss may be one of [eval]
-_OF_LAB = ("check", "fetch", "report", "reproduce", "verify")
+_OF_LAB = ("check", "fetch", "plan", "report", "reproduce", "verify")
 
 
 class Commands(TyperGroup):

@@ -59,10 +59,20 @@ def _list_settings(wanted: bool) -> None:
 
 _MODEL, _METHOD, _QUESTIONS, RESULTS = "Model", "Method", "Questions", "Results"  # panels of the help
 
-Model = Annotated[str, Option(help="Adapter name.", autocompletion=model_names, rich_help_panel=_MODEL)]
+Model = Annotated[
+    str,
+    Option(help="Adapter name; or any checkpoint (owner/name).", autocompletion=model_names, rich_help_panel=_MODEL),
+]
 Checkpoint = Annotated[
     str | None,
     Option(help="Checkpoint folder or hub id; without it, the adapter's published one.", rich_help_panel=_MODEL),
+]
+Frames = Annotated[
+    int | None,
+    Option(min=1, help="The most frames of a video; without it, the adapter's own rule.", rich_help_panel=_MODEL),
+]
+Fps = Annotated[
+    float | None, Option(help="Frames a second of a video, as far as --frames allows.", rich_help_panel=_MODEL)
 ]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1 …", rich_help_panel=_MODEL)]
 Dtype = Annotated[str, Option(help="float32, bfloat16, float16 or auto.", rich_help_panel=_MODEL)]
@@ -102,5 +112,22 @@ Workers = Annotated[
         help="Processes that share the work, such as one a GPU (with --device cuda).",
     ),
 ]  # fmt: skip
+Engine = Annotated[
+    str | None,
+    Option(
+        metavar="local|ray", rich_help_panel=_QUESTIONS,
+        help="Where the workers are: processes of this machine, or those of a Ray cluster (extra [cluster]).",
+    ),
+]  # fmt: skip
+Address = Annotated[
+    str | None,
+    Option(
+        rich_help_panel=_QUESTIONS,
+        help="Of a running Ray cluster, or auto; without it, one of this machine alone.",
+    ),
+]
+Shard = Annotated[
+    int | None, Option(min=1, rich_help_panel=_QUESTIONS, help="Questions that a worker is given at a time.")
+]
 Out = Annotated[Path, Option(help="Folder of results.", rich_help_panel=RESULTS)]
 Profile = Annotated[str, Option(help="Folder of params/.", autocompletion=profile_names)]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from tqdm import tqdm
 
 from focuslib.errors import UserError
 from focuslib.evaluation.datasets import Dataset
@@ -57,34 +54,57 @@ def evaluate(
     question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
     """
     require(dataset)
-    from lmms_eval import evaluator  # takes ten seconds, which a run that resumes all its cells need not wait for
+    from focuslib.evaluation.lmms import FocusLmms  # takes ten seconds to import, which a resumed run need not wait for
 
-    from focuslib.evaluation.lmms import FocusLmms, load_tasks
-
-    if limit is not None:
-        limit = math.ceil(limit / dataset.together) * dataset.together
     log = Journal(journal) if journal else None
-    model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
-    manager, tasks = load_tasks(dataset, vlm.name)
     try:
-        with TemporaryDirectory() as submissions, no_unanswered_calls(), _without_bars(evaluator):
-            outcome = evaluator.simple_evaluate(
-                model=model,
-                tasks=tasks,
-                task_manager=manager,
-                limit=limit,
-                log_samples=True,
-                bootstrap_iters=0,
-                verbosity="ERROR",
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                datetime_str="",
-                cli_args=Namespace(output_path=submissions, process_with_media=False),
-            )
+        model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
+        return _score(model, vlm.name, dataset, limit, seed)
     finally:
         if log:
             log.close()
+
+
+def score_answers(
+    model: str, dataset: Dataset, records: dict[tuple[str, int], dict[str, Any]], *, limit: int | None, seed: int
+) -> Evaluation:
+    """What `evaluate` gives, of answers that are there already; loads no model.
+
+    model: the adapter's name. records: (task, doc_id) → what was kept of its answer (see FocusLmms.entries).
+    Raises UserError if an answer is missing.
+    """
+    from focuslib.evaluation.lmms import AnsweredLmms
+
+    return _score(AnsweredLmms(records), model, dataset, limit, seed)
+
+
+def whole_groups(limit: int | None, dataset: Dataset) -> int | None:
+    """A limit in whole groups of questions that are scored together."""
+    return None if limit is None else math.ceil(limit / dataset.together) * dataset.together
+
+
+def _score(model: Any, name: str, dataset: Dataset, limit: int | None, seed: int) -> Evaluation:
+    """Have lmms-eval ask a model of its (see lmms.py) and score what it answers. name: the adapter's."""
+    from lmms_eval import evaluator
+
+    from focuslib.evaluation.lmms import load_tasks, without_bars
+
+    manager, tasks = load_tasks(dataset, name)
+    with TemporaryDirectory() as submissions, no_unanswered_calls(), without_bars(evaluator):
+        outcome = evaluator.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=whole_groups(limit, dataset),
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            datetime_str="",
+            cli_args=Namespace(output_path=submissions, process_with_media=False),
+        )
     samples, failures = [], []
     for task, logged in outcome["samples"].items():
         for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
@@ -99,14 +119,3 @@ def evaluate(
     if samples and len(failures) == len(samples):
         raise UserError(f"{dataset.name}: no question could be answered; the first: {failures[0]['error']}")
     return Evaluation(dataset.score(outcome["results"], samples), samples, failures)
-
-
-@contextmanager
-def _without_bars(evaluator: Any) -> Iterator[None]:
-    """Keep lmms-eval's own bars off the screen: they run over answers that are there already. evaluator: its module."""
-    shown = evaluator.tqdm
-    evaluator.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
-    try:
-        yield
-    finally:
-        evaluator.tqdm = shown

@@ -38,3 +38,8 @@ class Journal:
     def close(self) -> None:
         """Close the file; the entries stay readable."""
         self._file.close()
+
+
+def lasting(entry: dict[str, Any]) -> bool:
+    """Whether an entry holds for good; a question whose media could not be read is asked again."""
+    return "error" not in entry or "final" in entry

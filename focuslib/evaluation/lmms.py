@@ -9,6 +9,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+import lmms_eval.api.task
 import torch
 from datasets.utils.logging import set_verbosity_error
 from lmms_eval.api.instance import Instance
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from focuslib.errors import InputError, UserError, pick
 from focuslib.evaluation.datasets import DATASETS, Dataset
-from focuslib.evaluation.journal import Journal
+from focuslib.evaluation.journal import Journal, lasting
 from focuslib.evaluation.settings import method_settings
 from focuslib.files import digest
 from focuslib.methods import Method
@@ -52,6 +53,8 @@ class FocusLmms(lmms):
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
+        frames: int | str | None = None,
+        fps: float | str | None = None,
         journal: Journal | None = None,
         save_trace: Callable[[str, int, Run], None] | None = None,
         **settings: Any,
@@ -60,7 +63,8 @@ class FocusLmms(lmms):
         if int(batch_size) != 1:
             raise UserError(f"batch_size is {batch_size}; methods act on one sequence at a time, use batch_size 1")
         settings.pop("max_batch_size", None)
-        self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype)
+        seen = {"frames": frames and int(frames), "fps": fps and float(fps)}
+        self.vlm = model if isinstance(model, VLM) else load_vlm(model, pretrained, device=device, dtype=dtype, **seen)
         # by name, a method has its settings for each task's data set; here only what was typed is checked
         self.named = None if isinstance(method, Method) else (method, typed_settings(method, settings))
         self.method = method if isinstance(method, Method) else self.method_for("")
@@ -98,37 +102,39 @@ class FocusLmms(lmms):
         answers: list[str] = []
         bar = tqdm(total=len(requests), desc=f"{self.vlm.name} {self.method.name}", unit="question", leave=False)
         with bar:
-            for task, group in groupby(requests, lambda request: request.args[4]):
-                answers += self._answer_task(self.method_for(task), list(group), bar)
-        return answers
-
-    def _answer_task(self, method: Method, requests: list[Instance], bar: tqdm) -> list[str]:
-        """Answer the requests of one task."""
-        answers = []
-        asked = [*self.vlm.identity(), repr(method)] if self.journal else []
-        with method(self.vlm, trace=self.save_trace is not None) as run:
-            for request in requests:
-                context, generation, _, doc_id, task, split = request.args
-                key = digest([*asked, task, split, doc_id, context, generation])
-                entry = self.journal.entries.get(key) if self.journal else None
-                if entry is None:
-                    entry = self._answer(run, *request.args)
-                    if self.journal and ("error" not in entry or "final" in entry):
-                        self.journal.add(key, entry)
-                self.records[task, doc_id] = entry
+            for entry in self.entries(requests):
+                self.records[entry["task"], entry["doc_id"]] = entry
                 answers.append(entry["answer"])
                 bar.update()
         return answers
+
+    def entries(self, requests: list[Instance]) -> Iterator[dict[str, Any]]:
+        """What is known of each request, as a journal keeps it: key, task, doc_id, answer, the numbers of `summary`."""
+        for name, group in groupby(requests, lambda request: request.args[4]):
+            method = self.method_for(name)
+            asked = [*self.vlm.identity(), repr(method)]
+            with method(self.vlm, trace=self.save_trace is not None) as run:
+                for request in group:
+                    context, generation, _, doc_id, task, split = request.args
+                    key = digest([*asked, task, split, doc_id, context, generation])
+                    entry = self.journal.entries.get(key) if self.journal else None
+                    if entry is None:
+                        answer = self._answer(run, *request.args)
+                        entry = {"key": key, "task": task, "doc_id": doc_id, **answer}
+                        if self.journal and lasting(entry):
+                            self.journal.add(key, entry)
+                    yield entry
 
     def _answer(self, run: Run, context: str, generation: dict, to_visual, doc_id: int, task: str, split: str) -> dict:
         """One answer with what the method did; a sample that cannot be read or run is an entry with an error."""
         try:
             with readable_images(f"{task} {doc_id}"):
                 visuals = to_visual(self.task_dict[task][split][doc_id]) or []
-            if len(visuals) != 1:
-                what = f"{len(visuals)} images or videos" if visuals else "no image or video"
-                raise InputError(f"{what} in this question; the models here take one")
-            inputs = self.vlm.prepare(visuals[0], context)
+            if not visuals:
+                raise InputError("no image or video in this question; methods act on visual tokens")
+            if len(visuals) > 1 and not self.vlm.several_media:
+                raise InputError(f"{len(visuals)} images or videos in this question; {self.vlm.name} takes one")
+            inputs = self.vlm.prepare(visuals if len(visuals) > 1 else visuals[0], context)
         except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
             return _failure(task, doc_id, error)
         start = time.perf_counter()
@@ -150,6 +156,36 @@ class FocusLmms(lmms):
         entry = {"answer": answer, "seconds": seconds, **summary(run.method, run.last)}
         run.prefills.clear()
         return entry
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise UserError("focuslib generates answers; tasks that score log-likelihoods are not supported")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise UserError("focuslib answers one round; multi-round tasks are not supported")
+
+
+class AnsweredLmms(lmms):
+    """What lmms-eval scores where all answers are there already: no model is loaded.
+
+    records: (task, doc_id) → the entry of its answer (see FocusLmms.entries).
+    """
+
+    is_simple = True
+
+    def __init__(self, records: dict[tuple[str, int], dict[str, Any]]):
+        super().__init__()
+        self.records = records
+
+    def clean(self) -> None:
+        """There is nothing to free."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answers. Raises UserError if one is missing."""
+        asked = [(request.args[4], request.args[3]) for request in requests]
+        if missing := [question for question in asked if question not in self.records]:
+            task, doc_id = missing[0]
+            raise UserError(f"{len(missing)} of {len(asked)} questions have no answer, the first is {task} {doc_id}")
+        return [self.records[question]["answer"] for question in asked]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("focuslib generates answers; tasks that score log-likelihoods are not supported")
@@ -229,6 +265,28 @@ def load_tasks(dataset: Dataset, model_name: str) -> tuple[TaskManager, list[Tas
     # only this data set's folder: reading all of lmms-eval's takes thirteen seconds
     manager = TaskManager("ERROR", include_path=[str(dataset.folder)], include_defaults=False, model_name=model_name)
     return manager, list(_leaves(get_task_dict(list(dataset.tasks), manager, "simple")))
+
+
+@cache
+def requests(dataset: Dataset, model_name: str, limit: int | None) -> list[Instance]:
+    """All that lmms-eval asks of a data set, in its order; limit: the first so many questions of each task."""
+    found: list[Instance] = []
+    for task in load_tasks(dataset, model_name)[1]:
+        with without_bars(lmms_eval.api.task):
+            task.build_all_requests(limit=limit)
+        found += task.instances
+    return found
+
+
+@contextmanager
+def without_bars(module: Any) -> Iterator[None]:
+    """Keep the bars of one of lmms-eval's modules off the screen: they are of no model's work."""
+    shown = module.tqdm
+    module.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
+    try:
+        yield
+    finally:
+        module.tqdm = shown
 
 
 def _leaves(tasks: dict) -> Iterator[Task]:

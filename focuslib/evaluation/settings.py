@@ -10,7 +10,7 @@ from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.methods import METHODS
 from focuslib.methods.settings import typed_settings
-from focuslib.models import MODELS
+from focuslib.models.registry import named
 from focuslib.paths import params_folder, parse_yaml, read_text
 from focuslib.validation import explain
 
@@ -68,7 +68,7 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
     try:
         entry = Entry.model_validate(content)
         for name in entry.models or []:
-            pick(MODELS, name, "model")
+            named(name)
         for name in entry.datasets or []:
             pick(DATASETS, name, "dataset")
         typed_settings(method, entry.settings)
@@ -80,9 +80,13 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
 
 
 def matching_settings(entries: list[Entry], model: str, dataset: str) -> dict[str, Any]:
-    """The settings for a model and data set: an entry matches the models and data sets it names, the last one wins."""
+    """The settings for a model and data set: an entry matches the models and data sets it names, the last one wins.
+
+    A checkpoint of the adapter hf is named as owner/name.
+    """
     settings: dict[str, Any] = {}
     for entry in entries:
-        if (entry.models is None or model in entry.models) and (entry.datasets is None or dataset in entry.datasets):
+        models = None if entry.models is None else {named(name)[0] for name in entry.models}
+        if (models is None or model in models) and (entry.datasets is None or dataset in entry.datasets):
             settings.update(entry.settings)
     return settings

@@ -29,13 +29,17 @@ QUESTION = "What happens in the video?"
 
 
 def load_measured(
-    model: str, *, checkpoint: str | None = None, layers: int | None = None, device: str = "cpu", dtype: str = "auto"
-) -> VLM:
-    """An adapter by name, or `shape:qwen2-7b` (models.shapes), of which `layers` says how many layers it has."""
+    model: str, *, checkpoint: str | None = None, layers: int | None = None, device: str = "cpu", dtype: str = "auto",
+    frames: int | None = None, fps: float | None = None,
+) -> VLM:  # fmt: skip
+    """An adapter by name, or `shape:qwen2-7b` (models.shapes), of which `layers` says how many layers it has.
+
+    frames, fps: of a video that an adapter samples.
+    """
     if not model.startswith(SHAPE):
         if layers is not None:
             raise UserError(f"layers is for shapes such as {SHAPE}qwen2-7b; {model} has the layers of its checkpoint")
-        return load_vlm(model, checkpoint, device=device, dtype=dtype)
+        return load_vlm(model, checkpoint, device=device, dtype=dtype, frames=frames, fps=fps)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)

@@ -13,9 +13,9 @@ from focuslib.evaluation.sources import revisions
 from focuslib.experiments.identity import package_versions, source_digest
 from focuslib.files import digest
 from focuslib.methods.settings import make_method
-from focuslib.models import MODELS
 from focuslib.models.checkpoint import resolve_folder
 from focuslib.models.fingerprint import fingerprint
+from focuslib.models.registry import adapter_of, named
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Cell:
         of the method switched off; "sparsity" asks only the first questions, "trace" does too and keeps the median
         sample's trace; "cost" measures a prefill of one question, and "view" keeps what a view of one shows.
     settings: every hyper-parameter of the method. limit: questions a task, None for all.
+    model: an adapter's name, or what a checkpoint of the adapter hf is called (see models.registry.named).
     checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8", "int8_llm" or None.
+    frames, fps: the most frames of a video that are seen, and how many a second; None: the adapter's own rule.
     sample: keep this sample's trace (its place among the samples) instead of the median's.
     """
 
@@ -42,6 +44,8 @@ class Cell:
     checkpoint: str | None = None
     quantization: str | None = None
     sample: int | None = None
+    frames: int | None = None
+    fps: float | None = None
 
     def __str__(self) -> str:
         precision = f" in {self.quantization}" if self.quantization else ""
@@ -50,7 +54,7 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """All that decides the result. Raises UserError if the checkpoint or the data set is unknown or missing."""
         dataset = pick(DATASETS, self.dataset, "dataset")
-        source = self.checkpoint or pick(MODELS, self.model, "model").checkpoint
+        source = self.checkpoint or adapter_of(self.model).checkpoint
         return {
             **asdict(self),
             "checkpoint": fingerprint(resolve_folder(source)),
@@ -61,20 +65,25 @@ class Cell:
 
     def name(self) -> str:
         """The file name of the cell's result, without its ending."""
-        return f"{self.kind}_{self.model}_{self.dataset}_{self.method}_{digest(self.identity())}"
+        return self.name_of(self.identity())
+
+    def name_of(self, identity: dict[str, Any]) -> str:
+        """The name that an identity gives."""
+        return f"{self.kind}_{self.model}_{self.dataset}_{self.method}_{digest(identity)}"
 
 
 def make_cell(
     kind: str, *, model: str, dataset: str, method: str, limit: int | None, device: str, dtype: str, seed: int,
     checkpoint: str | None = None, settings: dict[str, Any] | None = None, quantization: str | None = None,
-    sample: int | None = None,
+    sample: int | None = None, frames: int | None = None, fps: float | None = None,
 ) -> Cell:  # fmt: skip
     """A cell with all names checked. settings: replace those of params/methods.yaml."""
-    pick(MODELS, model, "model")
+    model, checkpoint = named(model, checkpoint)
     pick(DATASETS, dataset, "dataset")
     chosen = make_method(method, {**method_settings(method, model, dataset), **(settings or {})})
     settings = _plain(chosen.settings())
-    return Cell(kind, model, dataset, method, settings, limit, device, dtype, seed, checkpoint, quantization, sample)
+    chosen_for = (settings, limit, device, dtype, seed, checkpoint, quantization, sample, frames, fps)
+    return Cell(kind, model, dataset, method, *chosen_for)
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -14,15 +13,14 @@ import torch
 from focuslib.errors import UserError, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.sources import sources
-from focuslib.experiments.cell import Cell
 from focuslib.experiments.paper import plan
-from focuslib.experiments.params import EXPERIMENTS, Count
+from focuslib.experiments.params import EXPERIMENTS
+from focuslib.experiments.published import PUBLISHED_GPU_GB, is_published, published_cost, published_hours
 from focuslib.models import MODELS
 from focuslib.models.checkpoint import check_shards, read_json, resolve_folder
-from focuslib.paths import params_folder, read_yaml
-from focuslib.validation import Strict, validate
+from focuslib.models.registry import adapter_of, named
+from focuslib.paths import params_folder
 
-PUBLISHED_GPU_GB = 80  # the paper's hours and settings are of such a card
 WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 
 
@@ -30,7 +28,8 @@ WEIGHTS_GB = 20  # a 7B model in bfloat16 and room for a short prompt
 class Pair:
     """A (model, data set) pair of a profile. Each part is "there" or says what is missing, in a line with the fix.
 
-    hours: method → published hours of the questions asked; empty where none are published.
+    hours: method → hours of the questions asked, as published or (estimated) by the paper's hours a question and visual
+    token; empty where neither is known.
     """
 
     model: str
@@ -40,6 +39,7 @@ class Pair:
     device: str = "there"
     experiments: list[str] = field(default_factory=list)
     hours: dict[str, float] = field(default_factory=dict)
+    estimated: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -53,7 +53,6 @@ def check_profile(profile: str) -> list[Pair]:
     experiments = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").is_file()]
     if not experiments:
         raise UserError(f"{folder}: no such profile")
-    costs = _Costs()
     weights_of, data_of, device_of = cache(weights), cache(data), cache(device)  # a model or data set is in many cells
     pairs: dict[tuple[str, str], Pair] = {}
     for experiment in experiments:
@@ -65,21 +64,22 @@ def check_profile(profile: str) -> list[Pair]:
             pair = pairs[key]
             if experiment not in pair.experiments:
                 pair.experiments.append(experiment)
-            if (hours := costs(cell)) is not None:  # experiments share cells, and one may ask fewer questions
+            if (hours := published_hours(cell)) is not None:  # experiments share cells, and one may ask fewer questions
                 method = " ".join(filter(None, (cell.quantization, cell.method)))
                 pair.hours[method] = max(hours, pair.hours.get(method, 0.0))
+                pair.estimated = not is_published(cell)
     return list(pairs.values())
 
 
 def weights(model: str, checkpoint: str | None = None) -> str:
     """Whether a model's checkpoint is whole and of its family; reads headers only."""
-    adapter = MODELS[model]
+    adapter = adapter_of(model)
     try:
         folder = resolve_folder(checkpoint or adapter.checkpoint)
         check_shards(folder)
         adapter.architecture(folder, read_json(folder / "config.json"))
     except UserError as error:
-        line, command = str(error), f"hf download {adapter.checkpoint}"
+        line, command = str(error), f"hf download {checkpoint or adapter.checkpoint}"
         return line if checkpoint or command in line else f"{line}: {command}"
     return "there"
 
@@ -116,8 +116,9 @@ def device(name: str) -> str:
 
 def fetch(name: str) -> str:
     """Download a model's checkpoint or a data set with its videos, as the run reads them; returns what is there now."""
-    if name in MODELS:
-        return f"{name}: {resolve_folder(MODELS[name].checkpoint, download=True)}"
+    if name in MODELS or "/" in name:  # a checkpoint by its hub id
+        model, checkpoint = named(name)
+        return f"{model}: {resolve_folder(checkpoint or MODELS[name].checkpoint, download=True)}"
     dataset = pick(DATASETS, name, "model or data set")
     from focuslib.evaluation.lmms import load_tasks
 
@@ -139,8 +140,8 @@ def table(pairs: list[Pair]) -> pd.DataFrame:
                 name: "there" if getattr(pair, name) == "there" else "MISSING" for name in ("weights", "data", "device")
             },
             "experiments": " ".join(pair.experiments),
-            "published hours": ", ".join(f"{method} {hours:.1f}" for method, hours in pair.hours.items())
-            or "not published",
+            "published hours": ("estimated: " if pair.estimated else "")
+            + (", ".join(f"{method} {hours:.1f}" for method, hours in pair.hours.items()) or "not published"),
         }
         for pair in pairs
     ]
@@ -154,6 +155,9 @@ def cost(pairs: list[Pair]) -> str:
         return "no cost is published for this profile"
     others = published_cost()["others"]
     beside = ", ".join(f"{name} {hours:g} h" for name, hours in others.items())
+    if any(pair.estimated for pair in pairs):
+        basis = "estimated by the paper's hours a question and visual token"
+        return f"{basis}, on one {PUBLISHED_GPU_GB} GB GPU: accuracy {hours:.0f} h"
     return f"published cost on one {PUBLISHED_GPU_GB} GB GPU: accuracy {hours:.0f} h; all of the paper's {beside}"
 
 
@@ -173,41 +177,3 @@ def _videos(dataset: str) -> Iterator[Path]:
                     yield Path(str(error).partition(":")[2].partition(" does not exist")[0])
     finally:
         logger.enable("")
-
-
-class PublishedCost(Strict):
-    """Hours by method, in full precision and in 8 bit, and of other experiments; questions by data set."""
-
-    hours: dict[str, float]
-    int8_hours: dict[str, float]
-    others: dict[str, float]
-    questions: dict[str, Count]
-
-
-def published_cost() -> dict[str, Any]:
-    """What params/published/cost.yaml says. Raises UserError for a mistake in it."""
-    path = params_folder() / "published" / "cost.yaml"
-    return validate(PublishedCost, read_yaml(path), str(path), "table")
-
-
-class _Costs:
-    """The paper's hours, shared out among its (model, data set) pairs by questions and visual tokens."""
-
-    def __init__(self):
-        published = published_cost()
-        self.hours = {None: published["hours"], "int8": published["int8_hours"]}
-        self.questions = published["questions"]
-        lengths = pd.read_csv(params_folder() / "published" / "sequence_lengths.csv")
-        lengths = lengths[lengths["dataset"].isin(self.questions)]
-        self.lengths = lengths.set_index(["model", "dataset"])["sequence_length"].to_dict()
-        self.all = sum(self.questions[dataset] * length for (_, dataset), length in self.lengths.items())
-
-    def __call__(self, cell: Cell) -> float | None:
-        """Hours of a cell's questions; None: not published."""
-        key, hours = (cell.model, cell.dataset), self.hours.get(cell.quantization, {})
-        if cell.kind != "accuracy" or cell.method not in hours or key not in self.lengths:
-            return None
-        asked = self.questions[cell.dataset]
-        if cell.limit is not None:
-            asked = min(asked, cell.limit * len(list(sources(DATASETS[cell.dataset]))))
-        return hours[cell.method] * asked * self.lengths[key] / self.all

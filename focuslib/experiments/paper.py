@@ -13,11 +13,12 @@ from focuslib.evaluation.settings import checked_entries, matching_settings, met
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.compare import compared_cells
 from focuslib.experiments.params import experiment_params
-from focuslib.experiments.runner import run_cells
+from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
 from focuslib.hardware.accelerators import ACCELERATORS
 from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
 from focuslib.models import MODELS
+from focuslib.models.registry import named
 from focuslib.paths import params_folder, project_root, shown
 
 
@@ -49,7 +50,7 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     if experiment == "int8":
         return _run_int8(params, folder)
     traces = folder / "focus_main" if experiment in ("main", "image") and params["write_pth"] else None
-    outcome = run_cells(experiment, cells, folder, traces, params["workers"])
+    outcome = run_cells(experiment, cells, folder, traces, Workers.of(params))
     if experiment == "dse" and params["write_pth"]:
         export_traces(outcome, [(point.trace, folder / point.file) for point in sweep_points(params)])
     return outcome
@@ -58,10 +59,10 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
 def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
     """Dense and Focus in 8 bit, and the main experiment's cells; each trace is of the main run's median sample."""
     traced = [cell for cell in int8_cells(params, {}) if cell.kind == "trace"]
-    main = run_cells("int8", traced, folder, workers=params["workers"])
+    main = run_cells("int8", traced, folder, workers=Workers.of(params))
     medians = {(result.cell.model, result.cell.dataset): result.median_index for result in main.results}
     cells = int8_cells(params, medians)
-    outcome = run_cells("int8", cells, folder, workers=params["workers"])
+    outcome = run_cells("int8", cells, folder, workers=Workers.of(params))
     outcome.ran += main.ran
     write_status(folder, "int8", outcome.results, outcome.complete, outcome.summary())
     if params["write_pth"]:
@@ -203,7 +204,7 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
         pairs = list(_pairs(params))
         return compared_cells(pairs, params["methods"], params["targets"], params["limit"], params["settings"])
     if experiment == "int8":
-        any_median = {(model, dataset): 0 for model in params["models"] for dataset in params["datasets"]}
+        any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
         return int8_cells(params, any_median)
     return comparison_cells(
         params, traces=experiment != "baselines", costs=experiment == "baselines", view=experiment == "main"
@@ -227,11 +228,21 @@ SWEEPS = {
 
 
 def _pairs(params: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """What all cells of a (model, data set) pair have in common, pair by pair."""
-    for model in params["checkpoints"] or {}:
-        pick(MODELS, model, "model")
+    """What all cells of a (model, data set) pair have in common, pair by pair.
+
+    Raises UserError for two checkpoints of one name: their rows and traces would be taken for each other's.
+    """
+    checkpoints = params["checkpoints"] or {}
+    if stray := [model for model in checkpoints if model not in params["models"]]:
+        pick(MODELS, stray[0], "model")
+    common = {key: params.get(key) for key in ("device", "dtype", "seed", "frames", "fps")}
+    found: dict[str, str | None] = {}
     for model in params["models"]:
+        name, checkpoint = named(model, checkpoints.get(model))
+        if found.setdefault(name, checkpoint) != checkpoint:
+            raise UserError(
+                f"two checkpoints called {name}: {found[name]} and {checkpoint}; give one a name of its own: "
+                f"models: [{name}-2], checkpoints: {{{name}-2: {checkpoint}}}"
+            )
         for dataset in params["datasets"]:
-            common = {key: params[key] for key in ("device", "dtype", "seed")}
-            checkpoint = (params["checkpoints"] or {}).get(model)
-            yield {"model": model, "dataset": dataset, "checkpoint": checkpoint, **common}
+            yield {"model": name, "dataset": dataset, "checkpoint": checkpoint, **common}

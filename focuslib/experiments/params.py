@@ -46,18 +46,25 @@ class Results(Strict):
 class Experiment(Results):
     """What every notebook with cells takes.
 
-    models, datasets, methods: names. checkpoints: model → folder or hub id, instead of the published one.
+    models, datasets, methods: names; a model may be a checkpoint (owner/name, or a folder). checkpoints: model → folder
+    or hub id, instead of the published one, or of a name of your own. frames, fps: the most frames of a video that are
+    seen, and how many a second, None for the model's own rule.
     limit: questions a data set, None for all. trace_samples: questions of which the median one's trace is kept.
-    device, dtype, seed: how the models run. workers: processes that share the cells.
+    device, dtype, seed: how the models run. workers, engine, address, shard: what shares the cells, as runner.Workers.
     """
 
     models: Names
     checkpoints: dict[str, str] | None = None
     datasets: Names
+    frames: Count | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
     limit: Count | None
     trace_samples: Count
     device: str
     workers: Count = 1
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    shard: Count | None = None
     dtype: str
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 

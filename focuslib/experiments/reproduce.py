@@ -7,16 +7,22 @@ from typing import Any
 from focuslib.errors import UserError
 from focuslib.experiments.notebooks import execute
 from focuslib.experiments.paper import plan, results_folder
-from focuslib.experiments.params import EXPERIMENTS
+from focuslib.experiments.params import EXPERIMENTS, Experiment
 from focuslib.experiments.progress import announce
 from focuslib.experiments.store import read_status
 from focuslib.paths import params_folder
 
 
-def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | None = None) -> bool:
+def reproduce(
+    profile: str,
+    only: str | None = None,
+    changes: dict[str, Any] | None = None,
+    workers: dict[str, Any] | None = None,
+) -> bool:
     """Run the notebooks, or one; a failing one does not stop the others. Returns whether all cells have a result.
 
-    changes: replace values of every parameter file (see notebooks.execute). Prints one summary.
+    changes: replace values of every parameter file (see notebooks.execute). workers: the same, of those with cells.
+    Prints one summary.
     Raises UserError for a mistake in any parameter file, before anything runs.
     """
     if only and only not in EXPERIMENTS:
@@ -24,14 +30,18 @@ def reproduce(profile: str, only: str | None = None, changes: dict[str, Any] | N
     folder = params_folder() / profile
     has = [name for name in EXPERIMENTS if (folder / f"{name}.yaml").exists()]
     chosen = [only] if only else has or list(EXPERIMENTS)  # a profile need not have all; one without any is a mistake
-    plans = {name: plan(name, profile, changes) for name in chosen}
+    of = {
+        name: {**(changes or {}), **(workers or {} if issubclass(EXPERIMENTS[name], Experiment) else {})}
+        for name in chosen
+    }
+    plans = {name: plan(name, profile, of[name]) for name in chosen}
     counts = [len(cells) for _, cells in plans.values()]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
         announce(sum(counts[:number]), sum(counts), start)
         began = time.time()
         try:
-            notebook = execute(experiment, profile, changes)
+            notebook = execute(experiment, profile, of[experiment])
             status = read_status(notebook.parent, experiment)
             what, complete = f"{status['text']}\ntables and figures: {notebook}", status["complete"]
         except UserError as error:

@@ -72,12 +72,13 @@ def paired_scores(base: CellResult, other: CellResult) -> tuple[list[float], lis
 
 @dataclass
 class Outcome:
-    """What running an experiment's cells gave. failed: cell → one line that says why."""
+    """What running an experiment's cells gave. failed: cell → one line that says why. refused: one line a worker."""
 
     folder: Path
     results: list[CellResult] = field(default_factory=list)
     ran: int = 0
     failed: dict[Cell, str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -92,6 +93,7 @@ class Outcome:
         """One line on what ran, was resumed and failed, then a line a failure."""
         resumed = len(self.results) - self.ran
         lines = [f"{self.ran} cells run, {resumed} resumed, {len(self.failed)} failed; results in {shown(self.folder)}"]
+        lines += [f"refused: {why}" for why in dict.fromkeys(self.refused)]
         lines += [f"failed: {cell}: {why}" for cell, why in self.failed.items()]
         for result in self.results:
             for failure in result.failures:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.grid import Grid
+from focuslib.grid import Grid, VisualGrid
 from focuslib.kernels.semantic import prompt_importance
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, num_vectors
 from focuslib.methods import Method
@@ -20,6 +19,7 @@ from focuslib.prefill.trace import Trace
 
 AFTER_ATTENTION = ("gate_proj", "down_proj")  # sites behind the drop between attention and MLP
 NEVER = -1  # stage of a token that no layer drops
+Candidates = list[tuple[int | None, tuple[int, int, int]]]
 BYTES = 40_000_000  # of a view's arrays, before compression; beyond it fewer vectors a token are kept
 
 
@@ -113,25 +113,35 @@ class Recording:
     sites: site → SiteView. dropped [S] int16: the first stage (`stage_of`) that lacks the token, or NEVER.
     importance [L, S] float32: how strongly the prompt attends to each token (semantic.prompt_importance), 0 where it is
     dropped; None if unknown. applied: whether the similarities were used by the method, or only measured beside it.
-    candidates: distance in tokens and (frames, rows, columns) of each candidate.
+    candidates: distance in tokens and (frames, rows, columns) of each candidate; the distance is None where it is not
+    the same for every token. neighbours [C, S] int32: the number of each token's candidates then, < 0 if none.
     """
 
     grid: Grid
     sites: dict[str, SiteView]
     dropped: np.ndarray
-    candidates: list[tuple[int, tuple[int, int, int]]]
+    candidates: Candidates
     doublings: int
     thresholds: np.ndarray
     threshold: float | None
     applied: bool
     importance: np.ndarray | None = None
+    neighbours: np.ndarray | None = None
 
 
-def candidates(grid: Grid, frame_block: int, block: int) -> list[tuple[int, tuple[int, int, int]]]:
-    """Distance and (frames, rows, columns) of each candidate, in the order of VisualGrid.block_offsets."""
-    ranges = (min(frame_block, grid.num_frames), min(block, grid.height), min(block, grid.width))
-    places = [place for place in product(range(ranges[0]), range(ranges[1]), range(ranges[2])) if any(place)]
-    return list(zip(grid.block_offsets(frame_block, block), places, strict=True))
+def candidates(grid: Grid, frame_block: int, block: int) -> Candidates:
+    """Distance and (frames, rows, columns) of each candidate, in the order of Grid.block_places."""
+    places = grid.block_places(frame_block, block)
+    if isinstance(grid, VisualGrid):
+        return list(zip(grid.block_offsets(frame_block, block), places, strict=True))
+    return [(None, place) for place in places]
+
+
+def neighbours(grid: Grid, frame_block: int, block: int) -> np.ndarray | None:
+    """The number of each token's candidates, [C, S] int32, where no distances say it."""
+    if isinstance(grid, VisualGrid):
+        return None
+    return grid.candidates(torch.arange(grid.length), frame_block, block).int().numpy()
 
 
 class Recorder(Events):
@@ -233,6 +243,7 @@ class Recorder(Events):
             threshold=probe.similarity_threshold,
             applied=self.method is probe and not probe.sec_only,
             importance=torch.stack(self.importance).numpy() if self.importance else None,
+            neighbours=neighbours(grid, probe.frame_block, probe.block),
         )
 
 
@@ -241,10 +252,11 @@ def trace_recording(trace: Trace) -> Recording:
     tokens, layers = trace.grid.length, trace.num_layers
     vectors = {site: trace.codes[site][0].shape[1] for site in SITES}
     shown = shown_vectors(tokens, layers, vectors)
-    neighbours = candidates(trace.grid, trace.frame_block, trace.block)
+    grid, block = trace.grid, (trace.frame_block, trace.block)
+    targets = torch.cat([torch.arange(tokens)[None], grid.candidates(torch.arange(tokens), *block)])
     sites = {}
     for site in SITES:
-        reduced = [reduce_site(_possible(codes, neighbours), shown[site]) for codes in trace.codes[site]]
+        reduced = [reduce_site(_possible(codes, targets), shown[site]) for codes in trace.codes[site]]
         sites[site] = SiteView.stack(reduced, shown[site], vectors[site])
     dropped = np.full(tokens, NEVER, np.int16)
     after = 2 * layers
@@ -253,15 +265,15 @@ def trace_recording(trace: Trace) -> Recording:
         missing = sites[site].zero[stage // 2] == vectors[site]
         dropped[missing & ((dropped == stage + 1) | (stage == after - 1))] = stage
     doublings = trace.grid.num_frames if trace.max_doublings is None else trace.max_doublings
-    return Recording(trace.grid, sites, dropped, neighbours, doublings, threshold_steps(0.0), None, True)
+    near = neighbours(grid, *block)
+    return Recording(
+        grid, sites, dropped, candidates(grid, *block), doublings, threshold_steps(0.0), None, True, neighbours=near
+    )
 
 
-def _possible(codes: Tensor, neighbours: list[tuple[int, tuple[int, int, int]]]) -> Tensor:
-    """The codes [S, V], if every one leads to a token."""
-    distances = torch.tensor([0, *(distance for distance, _ in neighbours)])
+def _possible(codes: Tensor, targets: Tensor) -> Tensor:
+    """The codes [S, V], if every one leads to a token. targets: [1 + C, S], the token itself, then its candidates."""
     candidate = codes.masked_fill(codes == ZERO, ITSELF)
-    most = int(candidate.max())
-    first = candidate[: int(distances.max())].long()
-    if most >= len(distances) or (distances[first] > torch.arange(len(first))[:, None]).any():
+    if int(candidate.max()) >= len(targets) or int(targets.T.gather(1, candidate.long()).min()) < 0:
         raise UserError("the trace names neighbours that its grid does not have; record it again")
     return codes

@@ -15,14 +15,14 @@ from PIL import Image
 
 from focuslib.errors import UserError
 from focuslib.explore.recorder import NEVER, Cancelled, Recorder, Recording, SiteView, trace_recording
-from focuslib.grid import VisualGrid
+from focuslib.grid import grid_from_dict
 from focuslib.methods import Dense, Focus, Method
-from focuslib.models.base import VLM, Media
-from focuslib.models.layout import TokenLayout, rows_layout
+from focuslib.models.base import VLM, Inputs, Media
+from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video
 from focuslib.prefill.ops import SITES, dense_operations
 from focuslib.prefill.patch import install
-from focuslib.prefill.record import Links, PrefillRecord
+from focuslib.prefill.record import Links, PrefillRecord, Run
 from focuslib.prefill.trace import Trace
 
 PICTURE_SIDE = 448  # pixels; larger frames are shrunk for the view
@@ -31,7 +31,7 @@ FORMAT = 1
 # What `ViewData.save` writes as arrays, and what as text.
 _LAYOUT_ARRAYS = ("frame", "panel", "box")
 _SITE_ARRAYS = ("shown", "codes", "similar", "zero", "follows", "mean", "steps", "above")
-_RECORDING_ARRAYS = ("dropped", "thresholds", "importance")
+_RECORDING_ARRAYS = ("dropped", "thresholds", "importance", "neighbours")
 _RECORDING_WORDS = ("candidates", "doublings", "threshold", "applied")
 _VIEW_WORDS = ("title", "retained", "kept", "question", "answers", "operations", "notes")
 
@@ -102,6 +102,8 @@ class ViewData:
             "panels": self.layout.panels,
             "pictures": self._pictures(arrays),
         }
+        if recording.neighbours is not None:
+            header["neighbours"] = arrays.add(recording.neighbours)
         if recording.importance is not None:
             most = recording.importance.max(1, keepdims=True)
             header["importance"] = arrays.add(
@@ -155,7 +157,7 @@ class ViewData:
             for site, vectors in text["vectors"].items()
         }
         words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
-        recording = Recording(VisualGrid(**text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
+        recording = Recording(grid_from_dict(text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
         layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=tuple(text["panels"]))
         links = text["links"] and Links(
             text["links"]["title"], tuple(text["links"]["kinds"]), arrays["links.target"], arrays["links.kind"]
@@ -214,7 +216,7 @@ class _Arrays:
 
 def run_view(
     vlm: VLM,
-    media: Media,
+    media: Media | list[Media],
     question: str,
     method: Method,
     probe: Focus,
@@ -239,23 +241,23 @@ def run_view(
         progress(share, text)
 
     step(0, "reading the clip")
-    frames = vlm.frames(media)
     layers = vlm.model.config.get_text_config().num_hidden_layers
     answers = {}
 
-    def run(used: Method, first: float, last: float) -> tuple[str, Recorder, PrefillRecord, float]:
+    def run(used: Method, first: float, last: float) -> tuple[str, Recorder, Run, Inputs]:
         seen = Recorder(used, used if isinstance(used, Focus) else probe, lambda layer: step(
             first + (last - first) * layer / layers, f"{used.name}: layer {layer + 1} of {layers}"
         ))  # fmt: skip
         with install(seen, vlm) as live:
             inputs = vlm.prepare(media, question)  # inside, for methods that watch the vision tower
             ids = vlm.generate_ids(inputs, max_new_tokens, streamer=_Steps(check))
-        return vlm.decode(ids), seen, live.last, live.sparsity
+        return vlm.decode(ids), seen, live, inputs
 
     if not isinstance(method, Dense):
         answers["dense"] = run(Dense(), 0.05, 0.5)[0] if dense_answer is None else dense_answer
-    answers[method.name], seen, record, sparsity = run(method, 0.5, 0.98)
-    recording = seen.recording()
+    answers[method.name], seen, live, inputs = run(method, 0.5, 0.98)
+    recording, record = seen.recording(), live.last
+    frames, layout = vlm.drawing(media, inputs)
     dense = dense_operations(record.shape, record.grid.length)
     notes = estimates(method, record)
     if not recording.applied:
@@ -265,14 +267,14 @@ def run_view(
         )
     return ViewData(
         recording=recording,
-        layout=vlm.layout(record.grid, frames.shape[1:3]),
+        layout=layout,
         frames=frames,
         title=f"{vlm.name} under {method}",
         retained=record.retained,
         kept={str(layer): positions.tolist() for layer, positions in record.kept.items()},
         question=question,
         answers=answers,
-        operations={"dense": dense, method.name: dense * (1 - sparsity)},
+        operations={"dense": dense, method.name: dense * (1 - live.sparsity)},
         links=method.links(record),
         notes=notes,
     )
@@ -311,7 +313,7 @@ def trace_view(path: str | Path, media: Media | None = None, layout: TokenLayout
     path = Path(path)
     trace = Trace.load(path)
     recording = trace_recording(trace)
-    layout = layout or rows_layout(trace.grid)
+    layout = layout or grid_layout(trace.grid)
     frames = None
     if media is not None:
         frames = _pictures_of(media, layout.num_frames)

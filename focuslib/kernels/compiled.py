@@ -22,21 +22,37 @@ _announced = False
 _broken = False
 
 
+def _entries(*arguments: Tensor) -> int:
+    """Entries of the first argument."""
+    return arguments[0].numel()
+
+
 class Compiled:
-    """A function of tensors, compiled by torch.compile when its first argument is large.
+    """A function of tensors, compiled by torch.compile when its arguments are large.
 
     Sizes may change from call to call without compiling anew, but for those in `static`: what is specialised on.
     What the compiler makes is kept on disk (torch's own cache), for the next process.
     """
 
-    def __init__(self, function: Callable[..., Any], static: dict[int, tuple[int, ...]]):
-        """static: argument number → its dimensions of fixed size."""
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        static: dict[int, tuple[int, ...]] | None = None,
+        size: Callable[..., int] = _entries,
+    ):
+        """static: argument number → its dimensions of fixed size. size: how many entries some arguments are worth."""
         self.function = function
-        self.static = static
+        self.static = static or {}
+        self.size = size
         self.compiled = torch.compile(function, dynamic=True)
 
+    def wanted(self, *arguments: Tensor) -> bool:
+        """Whether a call with these arguments is run compiled."""
+        return wants_compiling(self.size(*arguments))
+
     def __call__(self, *arguments: Tensor) -> Any:
-        if not wants_compiling(arguments[0]):
+        if not self.wanted(*arguments):
             return self.function(*arguments)
         for number, dimensions in self.static.items():
             for dimension in dimensions:
@@ -50,9 +66,9 @@ class Compiled:
             return self.function(*arguments)
 
 
-def wants_compiling(x: Tensor) -> bool:
-    """Whether a function of a tensor of this size is run compiled."""
-    return x.numel() >= LEAST_ENTRIES and not _broken
+def wants_compiling(entries: int) -> bool:
+    """Whether a function of so many entries is run compiled."""
+    return entries >= LEAST_ENTRIES and not _broken
 
 
 @contextmanager
@@ -71,7 +87,7 @@ def _announce() -> None:
     global _announced
     if not _announced:
         _announced = True
-        print("focuslib: compiling the similarity kernel (seconds on first use, then kept on disk)", file=sys.stderr)
+        print("focuslib: compiling a kernel (seconds on first use, then kept on disk)", file=sys.stderr)
 
 
 def _give_up(error: Exception) -> None:

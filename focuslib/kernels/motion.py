@@ -1,8 +1,9 @@
 """Motion search of CMC: for every visual token, the nearest token of a reference frame by L1 distance (SAD).
 
 Paper: CMC (ASPLOS 2024), inter-frame motion compensation as in a video codec. Pure functions on tensors.
-The search is exact: bounds from block sums (successive elimination) only spare distances that cannot matter, and
-the distances that are left are `torch.cdist(p=1)` in float32, the exhaustive search's own arithmetic.
+The search is exact: bounds from block sums (successive elimination), and distances added in another order where a
+compiler makes them cheap, only spare distances that cannot matter. Those that are left are `torch.cdist(p=1)` in
+float32, the exhaustive search's own arithmetic.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from focuslib.kernels.compiled import Compiled
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
 ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail interval replaces
-_COARSE, _FINE = 64, 8  # channels a block of the two bounds
+_COARSE, _FINE = 64, 16  # channels a block of the two bounds
+_NARROW = 4 * _COARSE  # channels up to which bounds spare too little
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
 _ROUNDOFF = 2.0**-24  # of one float32 operation
 _FEW = 1 << 20  # differences of channels up to which computing all distances costs less than sparing any
+_ENTRY = 16  # differences that take as long as what a compiled function does to an entry by default
 
 # Working set of one block of tokens. On a CPU it has to stay small and near the core; on a GPU it only bounds memory.
 _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -26,35 +30,49 @@ _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 @dataclass
 class _Blocks:
-    """Block sums of N rows: sums [N, ceil(D / _FINE)], norm [N] (L1), used: how many blocks are not zero at the end."""
+    """Rows [N, D] float32 and the sums of their coarse blocks, [N, D // _COARSE].
 
+    used: channels, whole coarse blocks, after which all rows are zero; D if the last block of D is not whole.
+    norm: the largest L1 norm of a row's whole coarse blocks.
+    """
+
+    rows: Tensor
     sums: Tensor
-    norm: Tensor
     used: int
+    norm: Tensor
 
 
 def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     """The nearest reference token of each token, where its L1 distance is below `limit`; the first wins a tie.
 
-    tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32.
-    Returns [N] int64: 0 … P − 1, or INFORMATIVE.
+    tokens: [N, D], reference: [P, D], any floating dtype; distances are taken in float32. Or those of several heads,
+    each searched by itself: [H, N, D], [H, P, D].
+    Returns [N] or [H, N] int64: 0 … P − 1, or INFORMATIVE.
 
-    Extra memory: [P, D / 8] for the reference's block sums, and a working set of a few MiB. Fast where most distances
-    are far above `limit` or the best one; where all are nearly equal, every one has to be computed.
+    Extra memory: a working set of a few MiB, or of [N, P] where that is more. Fast where most distances are far above
+    `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
+    if tokens.shape[-2] * reference.shape[-2] * reference.shape[-1] <= _FEW:
+        return _nearest(torch.cdist(tokens.float(), reference.float(), p=1), limit)
+    if tokens.dim() == 3:
+        return torch.stack([motion_search(*head, limit) for head in zip(tokens, reference, strict=True)])
     reference = reference.float()
-    if tokens.shape[0] * reference.numel() <= _FEW:
-        return _nearest(torch.cdist(tokens.float(), reference, p=1), limit)
+    if tokens.shape[1] <= _NARROW:
+        return _exhaustive(tokens.float(), reference, limit)
     blocks = _block_sums(reference)
-    parts = tokens.split(_FINE * _rows_in_budget(tokens))  # the block sums of a part fit the budget
-    return torch.cat([_search(part.float(), reference, blocks, limit) for part in parts])
+    parts = len(tokens) // (8 * _rows_in_budget(tokens))
+    if parts < 2:
+        return _search(tokens.float(), blocks, limit)
+    return torch.cat([_search(part.float(), blocks, limit) for part in tokens.chunk(parts)])
 
 
 def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     """The simplified search: token i of each frame is compared with reference token i only. As `motion_search`.
 
-    tokens: [N, D] with N a multiple of P, frame after frame; reference: [P, D].
+    N is a multiple of P: frame after frame.
     """
+    if tokens.dim() == 3:
+        return torch.stack([same_position(*head, limit) for head in zip(tokens, reference, strict=True)])
     position = torch.arange(len(reference), device=tokens.device).repeat(len(tokens) // len(reference))
     distance = torch.cat([_pair_distances(frame, reference) for frame in tokens.split(len(reference))])
     return torch.where(distance < limit, position, INFORMATIVE)
@@ -66,29 +84,31 @@ def frame_matches(
 ) -> Tensor:  # fmt: skip
     """Motion search of whole frames: the token each visual token is replaced by.
 
-    tokens: [S, D], frame after frame. frames: the number of tokens of each frame, one for all or one a frame.
+    tokens: [S, D], frame after frame, or [H, S, D] of several heads. frames: the number of tokens of each frame, one
+    for all or one a frame.
     Frames are grouped into intervals; frame number `i_frame` of an interval is its I-frame. A token matches if its
     distance is below threshold · D.
-    Returns [S] int64: the index (0 … S − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own tokens
-    match themselves, or the first that is equal (newline tokens are).
+    Returns [S] or [H, S] int64: the index (0 … S − 1) of the matching I-frame token, or INFORMATIVE. An I-frame's own
+    tokens match themselves, or the first that is equal (newline tokens are).
     zero_tail: a tail interval too short to have a real I-frame has a padded one of zeros, as published, so its tokens
     of a norm below the limit are ZEROED; else they are all informative.
     """
-    limit = threshold * tokens.shape[1]
-    match = torch.full((len(tokens),), INFORMATIVE, device=tokens.device)
-    sizes = [frames] * -(-len(tokens) // frames) if isinstance(frames, int) else frames
-    starts = [min(start, len(tokens)) for start in accumulate(sizes, initial=0)]
+    length, channels = tokens.shape[-2:]
+    limit = threshold * channels
+    match = torch.full(tokens.shape[:-1], INFORMATIVE, device=tokens.device)
+    sizes = [frames] * -(-length // frames) if isinstance(frames, int) else frames
+    starts = [min(start, length) for start in accumulate(sizes, initial=0)]
     for number in range(0, len(sizes), interval):
         members = slice(starts[number], starts[min(number + interval, len(sizes))])
         if number + i_frame >= len(sizes):
             if zero_tail:
-                zeros = tokens.new_zeros((1, tokens.shape[1]), dtype=torch.float32)
-                near = torch.cdist(tokens[members].float(), zeros, p=1).squeeze(1) < limit
-                match[members] = torch.where(near, ZEROED, INFORMATIVE)
+                zeros = tokens.new_zeros((1, channels), dtype=torch.float32)
+                near = torch.cdist(tokens[..., members, :].float(), zeros, p=1).squeeze(-1) < limit
+                match[..., members] = torch.where(near, ZEROED, INFORMATIVE)
             break
         first, last = starts[number + i_frame : number + i_frame + 2]
-        found = search(tokens[members], tokens[first:last], limit)
-        match[members] = torch.where(found >= 0, found + first, INFORMATIVE)
+        found = search(tokens[..., members, :], tokens[..., first:last, :], limit)
+        match[..., members] = torch.where(found >= 0, found + first, INFORMATIVE)
     return match
 
 
@@ -97,8 +117,14 @@ def replaced_share(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_
 
     match: [S]. frames: the number of tokens of every frame, or each token's frame, [S] int64.
     """
-    frame = torch.arange(len(match), device=match.device) // frames if isinstance(frames, int) else frames
-    return int(((match >= 0) & (frame % interval != i_frame)).sum()) / len(match)
+    return replaced_shares(match[None], frames, interval=interval, i_frame=i_frame)[0]
+
+
+def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:
+    """`replaced_share` of several heads, match: [H, S]."""
+    length = match.shape[1]
+    frame = torch.arange(length, device=match.device) // frames if isinstance(frames, int) else frames
+    return [count / length for count in ((match >= 0) & (frame % interval != i_frame)).sum(1).tolist()]
 
 
 def compensate(tokens: Tensor, match: Tensor) -> None:
@@ -106,85 +132,165 @@ def compensate(tokens: Tensor, match: Tensor) -> None:
 
     A matching token matches itself, so the order does not matter.
     """
-    tokens[match == ZEROED] = 0
+    zeroed = torch.nonzero(match == ZEROED).squeeze(1)
+    if len(zeroed):
+        tokens.index_fill_(0, zeroed, 0)
     own = torch.arange(len(match), device=match.device)
     replaced = torch.nonzero((match >= 0) & (match != own)).squeeze(1)
     for rows in replaced.split(_rows_in_budget(tokens)):
         tokens.index_copy_(0, rows, tokens.index_select(0, match.index_select(0, rows)))
 
 
-def _search(rows: Tensor, reference: Tensor, reference_blocks: _Blocks, limit: float) -> Tensor:
+class Compensation:
+    """The same as `compensate`, in copies of sequences that hold other rows too.
+
+    match: [S], or [H, S] of several heads. rows: [S] int64, where the tokens stand in the sequence of `length` rows.
+    """
+
+    def __init__(self, match: Tensor, rows: Tensor, length: int):
+        source = torch.arange(match.numel() // len(rows) * length, device=rows.device).view(*match.shape[:-1], length)
+        own = source[..., rows]
+        replacement = own.gather(-1, match.clamp(min=0))
+        self.zeroed = own[match == ZEROED]  # [K]
+        source[..., rows] = torch.where(match >= 0, replacement, own)
+        self.source = source.flatten()  # [T] or [H · T]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, C], or [H, T, C] of several heads."""
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.source)
+        if len(self.zeroed):
+            rows.index_fill_(0, self.zeroed, 0)
+        return rows.view(x.shape)
+
+
+def _search(rows: Tensor, reference: _Blocks, limit: float) -> Tensor:
     """`motion_search` of one block of float32 rows."""
     match = torch.full((len(rows),), INFORMATIVE, device=rows.device)
     blocks = _block_sums(rows)
-    used = max(blocks.used, reference_blocks.used)
-    alive = torch.arange(len(rows), device=rows.device)
-    for size in (_COARSE, _FINE):
-        bound = _lower_bounds(blocks, alive, reference_blocks, used, size, rows.shape[1])
-        possible = (bound < limit).any(1)
-        alive, bound = alive[possible], bound[possible]
-        if len(alive) == 0:
-            return match
-    # zero channels at the end (a causal attention matrix has them) add nothing to a distance
-    rows, reference = rows[:, : used * _FINE], reference[:, : used * _FINE]
+    used = max(blocks.used, reference.used)
+    bound = _lower_bounds(blocks, None, reference, used, _COARSE, rows.shape[1])
+    alive = torch.nonzero(bound.amin(1) < limit).squeeze(1)
+    if len(alive) == 0:
+        return match
+    bound = _lower_bounds(blocks, alive, reference, used, _FINE, rows.shape[1])
+    least, likely = bound.min(1)
+    possible = torch.nonzero(least < limit).squeeze(1)
+    if len(possible) < len(alive):
+        alive, bound, likely = alive[possible], bound[possible], likely[possible]
+    if len(alive):
+        # zero channels at the end (a causal attention matrix has them) add nothing to a distance
+        match[alive] = _eliminated(rows[:, :used], alive, reference.rows[:, :used], bound, likely, limit)
+    return match
 
-    likely = bound.argmin(1)
-    cutoff = _picked_distances(rows, reference, alive, likely).clamp(max=limit)
-    left = bound <= cutoff[:, None]
-    if left.sum() > _DENSE_SHARE * left.numel():
-        distance = _all_distances(rows[alive], reference)
-    else:
-        row, candidate = torch.nonzero(left, as_tuple=True)
-        distance = bound.fill_(torch.inf)
-        distance[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
-    match[alive] = _nearest(distance, limit)
+
+def _eliminated(rows: Tensor, alive: Tensor, reference: Tensor, bound: Tensor, likely: Tensor, limit: float) -> Tensor:
+    """`motion_search` of the rows `alive` [A] by lower bounds [A, P], of which `likely` [A] is the least: [A]."""
+    distance = _picked_distances(rows, reference, alive, likely)
+    left = bound <= distance.clamp(max=limit)[:, None]
+    row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
+    if len(row) > _DENSE_SHARE * left.numel():
+        return _exhaustive(rows.index_select(0, alive), reference, limit)
+    bound.fill_(torch.inf).scatter_(1, likely[:, None], distance[:, None])
+    if len(row):
+        bound[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
+    return _nearest(bound, limit)
+
+
+def _exhaustive(rows: Tensor, reference: Tensor, limit: float) -> Tensor:
+    """`motion_search` by all distances. rows, reference: float32.
+
+    Compiled code adds the channels in another order than cdist. It decides where no order could decide otherwise.
+    """
+    if not _compiled_nearest.wanted(rows, reference):
+        return _nearest(_all_distances(rows, reference), limit)
+    least, best, second = _compiled_nearest(rows, reference)
+    doubt = 4 * rows.shape[1] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
+    match = torch.where(least < limit, best, INFORMATIVE)
+    sure = (second * (1 - doubt) > least) & ((least - limit).abs() > doubt * least)
+    unsure = torch.nonzero(~sure).squeeze(1)
+    if len(unsure):
+        match[unsure] = _nearest(_all_distances(rows.index_select(0, unsure), reference), limit)
     return match
 
 
 def _nearest(distance: Tensor, limit: float) -> Tensor:
-    """The first nearest of each row's distances where it is below `limit`: [N, P] → [N]."""
-    least, best = distance.min(1)
+    """The first nearest of each row's distances where it is below `limit`: [..., N, P] → [..., N]."""
+    least, best = distance.min(-1)
     return torch.where(least < limit, best, INFORMATIVE)
 
 
 def _block_sums(x: Tensor) -> _Blocks:
-    """Block sums of rows [N, D] float32."""
-    norm = torch.linalg.vector_norm(x, ord=1, dim=1)
-    nonzero = torch.nonzero(x.any(0))
-    # whole coarse blocks, so that cdist adds the channels in use in the same order as it adds all
-    width = -(-(int(nonzero[-1]) + 1) // _COARSE) * _COARSE if len(nonzero) else _COARSE
-    whole = x.shape[1] // _FINE * _FINE
-    sums = x[:, :whole].unflatten(1, (-1, _FINE)).sum(-1)
-    if whole < x.shape[1]:
-        sums = torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], dim=1)
-    return _Blocks(sums, norm, width // _FINE)
+    """The coarse block sums of rows [N, D] float32."""
+    parts = [x] if _compiled_sums.wanted(x) else x.split(_rows_in_budget(x))
+    pairs = [_compiled_sums(part) for part in parts]
+    sums, absolute = pairs[0] if len(pairs) == 1 else (torch.cat(blocks) for blocks in zip(*pairs, strict=True))
+    whole = absolute.shape[1] * _COARSE
+    if whole < x.shape[1] and x[:, whole:].any():
+        used = x.shape[1]
+    else:
+        # whole blocks, so that cdist adds the channels in use in the same order as it adds all
+        nonzero = torch.nonzero(absolute.sum(0))
+        used = _COARSE * (int(nonzero[-1]) + 1 if len(nonzero) else 1)
+    return _Blocks(x, sums, used, absolute.sum(1).amax())
 
 
-def _lower_bounds(a: _Blocks, rows: Tensor, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
-    """Lower bounds, from blocks of `size` channels, of the L1 distances of a's `rows` to all of b ([N, P]).
+def _lower_bounds(a: _Blocks, rows: Tensor | None, b: _Blocks, used: int, size: int, channels: int) -> Tensor:
+    """Lower bounds, from blocks of `size` channels, of the L1 distances of a's `rows` (None: all) to all of b: [N, P].
 
     |Σ a − Σ b| ≤ Σ |a − b| in every block. What rounding can have added to the bound, or can take from the distance,
     is taken off, so that it holds for the distances as float32 arithmetic gives them.
     """
-    step = size // _FINE
-    own, other = _coarser(a.sums[:, :used], step)[rows], _coarser(b.sums[:, :used], step)
-    bound = torch.cdist(own, other, p=1).mul_(1 - 2 * channels * _ROUNDOFF)
-    norms = a.norm[rows, None] + b.norm
-    return bound.sub_(norms, alpha=2 * _COARSE * _ROUNDOFF)
+    whole = used // _COARSE  # of which alone the norm is known
+    if size == _COARSE:
+        own, other = a.sums[:, :whole], b.sums[:, :whole]
+    else:
+        own, other = a.rows[:, : whole * _COARSE], b.rows[:, : whole * _COARSE]
+    own = own if rows is None else own.index_select(0, rows)
+    if size != _COARSE:
+        own, other = _sums(own, size), _sums(other, size)
+    bound = _compiled_distances(own, other).mul_(1 - 2 * channels * _ROUNDOFF)
+    return bound.sub_(a.norm + b.norm, alpha=2 * _COARSE * _ROUNDOFF)
 
 
-def _coarser(sums: Tensor, step: int) -> Tensor:
-    """Sums of `step` neighbouring block sums each: [N, K] → [N, ceil(K / step)]."""
-    if step == 1:
-        return sums
-    return F.pad(sums, (0, -sums.shape[1] % step)).unflatten(1, (-1, step)).sum(-1)
+def _sums(x: Tensor, size: int) -> Tensor:
+    """Sums of whole blocks of `size` channels: [N, D] → [N, D // size]."""
+    return x[:, : x.shape[1] // size * size].unflatten(1, (-1, size)).sum(-1)
+
+
+def _coarse_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Coarse block sums of rows [N, D], and of their absolute values: [N, D // _COARSE] each."""
+    return _sums(x, _COARSE), _sums(x.abs(), _COARSE)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distances of all pairs: [N, D], [P, D] → [N, P]. Compiled code adds the channels in an order of its own."""
+    return (a[:, None] - b).abs().sum(-1) if torch.compiler.is_compiling() else torch.cdist(a, b, p=1)
+
+
+def _two_nearest(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The least L1 distance of each row, which reference row has it, and the least of the others: [N] each."""
+    distance = _distances(rows, reference)
+    least, best = distance.min(1)
+    own = torch.arange(reference.shape[0], device=rows.device) == best[:, None]
+    return least, best, distance.masked_fill(own, torch.inf).amin(1)
+
+
+def _work(a: Tensor, b: Tensor) -> int:
+    """What all distances of rows [N, D] to [P, D] are worth, in entries."""
+    return a.shape[0] * b.numel() // _ENTRY
+
+
+_compiled_sums = Compiled(_coarse_sums)
+_compiled_distances = Compiled(_distances, size=_work)
+_compiled_nearest = Compiled(_two_nearest, size=_work)
 
 
 def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
     """L1 distances of pairs of rows: row, candidate [K] int64 → [K]."""
     step = _rows_in_budget(rows)
     pieces = [
-        _pair_distances(rows[r], reference[c]) for r, c in zip(row.split(step), candidate.split(step), strict=True)
+        _pair_distances(rows.index_select(0, r), reference.index_select(0, c))
+        for r, c in zip(row.split(step), candidate.split(step), strict=True)
     ]
     return torch.cat(pieces)
 

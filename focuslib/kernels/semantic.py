@@ -1,9 +1,15 @@
 """Semantic concentration (SEC): keep the visual tokens the prompt attends to. Paper: Focus (HPCA 2026)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
+
+# Score of a key that is not seen; not −inf: a row of padding sees nothing, and its NaN would spread.
+_HIDDEN = torch.finfo(torch.float32).min
+_ROWS = 128  # of attention at a time, at least: products of few rows cost more, and round in another way
 
 
 def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -14,17 +20,46 @@ def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float, 
     mask: [1 or H, T, T], bool (True: seen) or float (added to the scores); None: row r sees keys 0 … rows[r].
     Returns [H, R, T] float32.
     """
+    tokens = keys.shape[1]
+    scores = _scores(queries, keys, scaling)
+    seen = seen_keys(rows, tokens) if mask is None else mask if len(rows) == tokens else mask[:, rows]
+    if seen.dtype == torch.bool:
+        scores.masked_fill_(~seen, _HIDDEN)
+    else:
+        scores.add_(seen)
+    return _softmax(scores)
+
+
+def causal_attention(queries: Tensor, keys: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """Softmax attention of all query rows, each seeing the keys up to itself: the full matrix, [H, T, T] float32.
+
+    queries: [H, T, d], keys: [H_kv, T, d]. out: memory of the result's shape to write to. Some rows at a time, so that
+    little more is computed than is seen.
+    """
+    heads, tokens, _ = queries.shape
+    matrix = queries.new_empty((heads, tokens, tokens), dtype=torch.float32) if out is None else out
+    step = max(_ROWS, tokens // 8)
+    ends = [*range(0, max(1, tokens - step + 1), step), tokens]
+    longest = ends[-1] - ends[-2]
+    later = ~seen_keys(torch.arange(longest, device=queries.device), longest)
+    for first, last in itertools.pairwise(ends):
+        scores = _scores(queries[:, first:last], keys[:, :last], scaling)
+        scores[:, :, first:].masked_fill_(later[: last - first, : last - first], _HIDDEN)
+        matrix[:, first:last, :last] = _softmax(scores)
+        matrix[:, first:last, last:] = 0
+    return matrix
+
+
+def _scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Scaled products [H, R, T] float32 of queries [H, R, d] and keys [H_kv, T, d]."""
     heads, count, _ = queries.shape
     kv_heads, tokens, _ = keys.shape
     grouped = queries.reshape(kv_heads, heads // kv_heads * count, -1)
-    scores = (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens).mul_(scaling)
-    seen = seen_keys(rows, tokens) if mask is None else mask if count == tokens else mask[:, rows]
-    if seen.dtype == torch.bool:
-        # not −inf: a row of padding sees nothing, and its NaN would spread
-        scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
-    else:
-        scores.add_(seen)
-    # in place where autograd allows: fresh memory costs as much again
+    return (grouped @ keys.transpose(1, 2)).float().view(heads, count, tokens).mul_(scaling)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; in place where autograd allows: fresh memory costs as much again."""
     return torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
 
 

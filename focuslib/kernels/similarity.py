@@ -149,7 +149,7 @@ def _lanes_before_vectors(split: Tensor) -> Tensor:
 
 
 def _compiles(lanes: Tensor) -> bool:
-    return wants_compiling(lanes) and lanes.shape[1] in _COMPILED_SIZES
+    return wants_compiling(lanes.numel()) and lanes.shape[1] in _COMPILED_SIZES
 
 
 def _best_candidates(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

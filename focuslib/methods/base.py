@@ -70,7 +70,10 @@ class Method(Events):
         return False
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
-        """One head's softmax attention matrix [T, T] float32 → the matrix to use instead."""
+        """One head's softmax attention matrix [T, T] float32 → the matrix to use instead.
+
+        It belongs to the method, that may overwrite it, but not for long: the next head's may take its memory.
+        """
         return probabilities
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

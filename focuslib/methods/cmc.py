@@ -11,10 +11,12 @@ from focuslib.errors import InputError, UserError
 from focuslib.kernels.motion import (
     INFORMATIVE,
     ZEROED,
+    Compensation,
     compensate,
     frame_matches,
     motion_search,
     replaced_share,
+    replaced_shares,
     same_position,
 )
 from focuslib.methods.base import Method
@@ -79,19 +81,18 @@ class Cmc(Method):
             raise InputError("method cmc: simplified compares tokens of one place; the frames here differ in size")
         prefill.state |= {"query": [], "score": [], "scored": []}
         prefill.state["frame"] = prefill.grid.frame_of().to(embeds.device)
-        prefill.state["linear"] = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
+        match = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
+        rows = torch.arange(len(embeds), device=embeds.device)[prefill.visual]
+        prefill.state |= {"linear": match, "rows": rows, "compensation": Compensation(match, rows, len(embeds))}
 
     def at_site(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> Tensor:
-        x = x.clone()
-        visual = x[prefill.visual]
-        compensate(visual, prefill.state["linear"])
-        prefill.write(x, visual)
-        return x
+        return prefill.state["compensation"](x)
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-        queries = queries.clone(memory_format=torch.contiguous_format)
-        prefill.state["query"].append([self._compensate(prefill, head, self.query_threshold) for head in queries])
-        return queries
+        match = self._matches(prefill, queries[:, prefill.visual], self.query_threshold)
+        shares = replaced_shares(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)
+        prefill.state["query"].append(shares)
+        return Compensation(match, prefill.state["rows"], queries.shape[1])(queries)
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
         return layer not in layer_numbers(self.skip_score_layers, prefill.shape.layers)
@@ -100,7 +101,11 @@ class Cmc(Method):
         if head == 0:
             prefill.state["score"].append([])
             prefill.state["scored"].append(layer)
-        prefill.state["score"][-1].append(self._compensate(prefill, probabilities, self.score_threshold))
+        visual = probabilities[prefill.visual]
+        match = self._matches(prefill, visual, self.score_threshold)
+        compensate(visual, match)
+        prefill.write(probabilities, visual)
+        prefill.state["score"][-1].append(self._share(prefill, match))
         return probabilities
 
     def end(self, prefill: Prefill) -> None:
@@ -135,29 +140,22 @@ class Cmc(Method):
         target = np.where(match < 0, itself, match)
         return Links("best I-frame match (linear layers)", kinds, target.astype(np.int32), kind.astype(np.uint8))
 
-    def _compensate(self, prefill: Prefill, rows: Tensor, threshold: float) -> float:
-        """Search among, and replace in place, the visual tokens of rows [T, C]; returns the share replaced."""
-        visual = rows[prefill.visual]
-        match = self._matches(prefill, visual, threshold)
-        compensate(visual, match)
-        prefill.write(rows, visual)
-        return self._share(prefill, match)
-
     def _matches(self, prefill: Prefill, visual: Tensor, threshold: float) -> Tensor:
+        """The matches of tokens [S, C], or of several heads' [H, S, C]."""
         search = same_position if self.simplified else motion_search
         matches, first = [], 0
         for frames in prefill.grid.media:
-            medium = visual[first : first + sum(frames)]
+            medium = visual[..., first : first + sum(frames), :]
             if len(frames) == 1:  # an image has nothing to be compensated from
-                match = torch.full((len(medium),), INFORMATIVE, device=visual.device)
+                match = torch.full(medium.shape[:-1], INFORMATIVE, device=visual.device)
             else:
                 match = frame_matches(
                     medium, frames, threshold, interval=self.interval, i_frame=self.i_frame, search=search,
                     zero_tail=self.tail == "published",
                 )  # fmt: skip
             matches.append(torch.where(match >= 0, match + first, match) if first else match)
-            first += len(medium)
-        return torch.cat(matches)
+            first += sum(frames)
+        return torch.cat(matches, -1)
 
     def _share(self, prefill: Prefill, match: Tensor) -> float:
         return replaced_share(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from focuslib.errors import UserError
-from focuslib.grid import VisualGrid
+from focuslib.grid import Grid
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
 from focuslib.models.fingerprint import fingerprint
-from focuslib.models.layout import TokenLayout, rows_layout
-from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video, to_rgb
+from focuslib.models.layout import TokenLayout, grid_layout
+from focuslib.models.media import Clip, FrameSampling, is_image_file, read_clip, read_image, to_rgb
 from focuslib.models.quantize import int8_config
 from focuslib.prefill.handover import handed_over
 
-# A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, or frames [F, H, W, 3] uint8.
-Media = str | Path | Image.Image | np.ndarray
+# A video or image file, a folder of frames, an image, an image [H, W, 3] uint8, frames [F, H, W, 3] uint8, or frames
+# with their times.
+Media = str | Path | Image.Image | np.ndarray | Clip
+# A text, or (adapters that take several media) chat content: texts and places of media, in order.
+Prompt = str | Sequence[Mapping[str, Any]]
 
 # The prompt around the user's words in the Qwen2 chat format, which all four published models use.
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -42,10 +45,22 @@ class Inputs:
         Keyword arguments of the model's forward or generate.
     grid
         Where its visual tokens sit; None: no media.
+    shown
+        For each medium of the grid, the number of the prompt's image or video that it shows, where they are several: a
+        picture's tiles and its thumbnail are two media of the grid.
     """
 
     tensors: dict[str, Tensor]
-    grid: VisualGrid | None
+    grid: Grid | None
+    shown: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a worker that holds a model takes of a machine. gpus: none on a device "cpu". memory_gb: main memory."""
+
+    gpus: int = 1
+    memory_gb: float = 32
 
 
 class VLM:
@@ -55,12 +70,14 @@ class VLM:
     output_head: the module that quantization leaves alone. vision_modules: the tower and the projector.
     """
 
-    name: ClassVar[str]
+    name: str
+    several_media: ClassVar[bool] = False  # whether a prompt may hold more than one image or video
     checkpoint: ClassVar[str]  # the published checkpoint, a hub id
     default_sampling: ClassVar[FrameSampling]
     generation: Mapping[str, Any] = MappingProxyType({})
     output_head: ClassVar[str] = "lm_head"
     vision_modules: ClassVar[tuple[str, ...]]
+    needs: ClassVar[Needs] = Needs()
 
     folder: Path | None = None  # of the checkpoint, where it was loaded from one
     quantization: str | None = None
@@ -79,6 +96,8 @@ class VLM:
         device: str = "cpu",
         device_map: Any = None,
         sampling: FrameSampling | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
         quantization: Any = None,
         **options: Any,
     ) -> VLM:
@@ -92,6 +111,8 @@ class VLM:
             See `checkpoint.load_model`.
         sampling
             Which frames of a video are seen; None: the published rule.
+        frames, fps
+            The most frames of a video, and how many a second, instead of those of the sampling.
         quantization
             None, "int8" (LLM.int8 of every linear layer but the output head, as published), "int8_llm" (of the language
             model alone), or a transformers quantization config.
@@ -108,14 +129,15 @@ class VLM:
         >>> vlm = TinyOnevision.load()  # doctest: +SKIP
         >>> vlm.generate("clip.mp4", "What happens?")  # doctest: +SKIP
         """
-        config = quantization
-        if quantization in ("int8", "int8_llm"):
-            keep = cls.vision_modules if quantization == "int8_llm" else ()
-            config = int8_config((cls.output_head, *keep))
         folder = resolve_folder(pretrained or cls.checkpoint)
         architecture = cls.architecture(folder, read_json(folder / "config.json"), **options)
+        config = quantization
+        if quantization in ("int8", "int8_llm"):
+            keep = cls.kept_modules(architecture) if quantization == "int8_llm" else ()
+            config = int8_config((cls.output_head, *keep))
         model = load_model(folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=config)
-        vlm = cls(model, cls.load_tokenizer(folder), sampling or cls.default_sampling)
+        chosen = (sampling or cls.default_sampling).changed(frames, fps)
+        vlm = cls(model, cls.load_tokenizer(folder), chosen)
         vlm.folder, vlm.quantization = folder, str(quantization) if quantization else None
         return vlm
 
@@ -130,6 +152,11 @@ class VLM:
     def architecture(cls, folder: Path, raw: dict[str, Any]) -> Architecture:
         """How to build the model of a config.json. Raises UserError if it is of another family."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_modules(cls, architecture: Architecture) -> tuple[str, ...]:
+        """What "int8_llm" leaves as it is beside the output head."""
+        return cls.vision_modules
 
     @classmethod
     def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase | None:
@@ -148,27 +175,49 @@ class VLM:
         """The dtype of the embeddings."""
         return self.model.get_input_embeddings().weight.dtype
 
-    def prepare(self, media: Media | None, prompt: str) -> Inputs:
-        """Inputs for one prompt about one video or image."""
+    def prepare(self, media: Any, prompt: Any) -> Inputs:
+        """Inputs for one prompt (a text) about one video or image (Media) or none.
+
+        Where `several_media`: also about a list of them, and the prompt may be chat content (Prompt).
+        """
         raise NotImplementedError
 
-    def layout(self, grid: VisualGrid, size: tuple[int, int]) -> TokenLayout:
+    def layout(self, grid: Grid, size: tuple[int, int]) -> TokenLayout:
         """Where the visual tokens of media of `size` (height, width) lie in its pictures, for drawing."""
-        return rows_layout(grid)
+        return grid_layout(grid)
+
+    def drawing(self, media: Any, inputs: Inputs) -> tuple[np.ndarray, TokenLayout]:
+        """The pictures that a prompt's visual tokens stand for, [F, H, W, 3] uint8, and where they lie in them."""
+        assert inputs.grid is not None
+        frames = self.frames(media)
+        return frames, self.layout(inputs.grid, frames.shape[1:3])
 
     def open(self, media: Media) -> Image.Image | np.ndarray:
         """An RGB image, or the sampled frames of a video [F, H, W, 3] uint8."""
+        opened = self.clip(media)
+        return opened.frames if isinstance(opened, Clip) else opened
+
+    def clip(self, media: Media) -> Image.Image | Clip:
+        """An RGB image, or the sampled frames of a video with their times.
+
+        Frames without times are taken to be the candidates of the model's sampling, one after another.
+        """
+        if isinstance(media, Clip):
+            return media
         if isinstance(media, Image.Image):
             return to_rgb(media)
         if isinstance(media, (str, Path)):
-            return read_image(media) if is_image_file(media) else read_video(media, self.sampling)
+            return read_image(media) if is_image_file(media) else read_clip(media, self.sampling)
         array = np.asarray(media)
         if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8 or array.size == 0:
             raise UserError(
                 f"media of shape {array.shape} and type {array.dtype}; "
                 "give frames [F, H, W, 3] or an image [H, W, 3], uint8"
             )
-        return Image.fromarray(array) if array.ndim == 3 else array
+        if array.ndim == 3:
+            return Image.fromarray(array)
+        rate = self.sampling.per_second or 1.0
+        return Clip(array, tuple(index / rate for index in range(len(array))), len(array) / rate)
 
     def frames(self, media: Media) -> np.ndarray:
         """As `open`, an image being a video of one frame: [F, H, W, 3] uint8."""
@@ -189,7 +238,7 @@ class VLM:
             raise UserError("the checkpoint has no tokenizer files; add them to its folder")
         return self.tokenizer
 
-    def inputs_from_embeds(self, embeds: Tensor, grid: VisualGrid | None) -> Inputs:
+    def inputs_from_embeds(self, embeds: Tensor, grid: Grid | None) -> Inputs:
         """Inputs of ready-made embeddings [T, D]."""
         mask = torch.ones((1, len(embeds)), dtype=torch.long, device=embeds.device)
         return Inputs({"inputs_embeds": embeds[None], "attention_mask": mask}, grid)
@@ -213,6 +262,6 @@ class VLM:
             ids = self.model.generate(**inputs.tensors, **settings)[0]
         return ids if prompt is None else ids[prompt.shape[1] :]
 
-    def generate(self, media: Media | None, prompt: str, max_new_tokens: int = 16, **generation: Any) -> str:
-        """Answer a prompt about a video or an image (see Media)."""
+    def generate(self, media: Any, prompt: Any, max_new_tokens: int = 16, **generation: Any) -> str:
+        """Answer a prompt about a video or an image: see `prepare` for what the adapter takes."""
         return self.decode(self.generate_ids(self.prepare(media, prompt), max_new_tokens, **generation))

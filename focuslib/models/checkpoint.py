@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from focuslib.errors import UserError
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code and no pickles are ever fetched
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # no code and no pickles are ever fetched
 INDEX = "model.safetensors.index.json"
 
 

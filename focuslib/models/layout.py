@@ -1,11 +1,12 @@
 """Where each visual token is drawn: the part of a frame's picture that it stands for."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
-from focuslib.grid import VisualGrid
+from focuslib.grid import CoordinateGrid, Grid, VisualGrid
 
 SEPARATOR = 0.06  # side of the cell of a newline or marker, which stands for no part of the picture
 
@@ -47,6 +48,42 @@ def rows_layout(grid: VisualGrid, newline: bool = False) -> TokenLayout:
     columns = min(grid.height_stride, size)
     box = cells(position % size, math.ceil(min(size, grid.length) / columns), columns, newline)
     return TokenLayout((position // size).astype(np.int32), np.zeros(grid.length, np.uint8), box)
+
+
+def grid_layout(grid: Grid) -> TokenLayout:
+    """The layout that a grid itself says: frames of whole rows, or of the rows and columns of its coordinates."""
+    if isinstance(grid, VisualGrid):
+        return rows_layout(grid)
+    assert isinstance(grid, CoordinateGrid)
+    place = np.array(grid.coordinates)
+    _, frame = np.unique(place[:, :2], axis=0, return_inverse=True)  # frames ascend, medium by medium
+    box = np.zeros((len(place), 4), np.float32)
+    for medium in np.unique(place[:, 0]):
+        own = place[:, 0] == medium
+        size = 1 / (1 + place[own, 2:].max(0))  # rows, columns
+        box[own, :2] = (place[own, 2:] * size)[:, ::-1]
+        box[own, 2:] = size[::-1]
+    return TokenLayout(frame.reshape(-1).astype(np.int32), np.zeros(len(place), np.uint8), box)
+
+
+def fitted(pictures: list[np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, TokenLayout]:
+    """Pictures of several sizes on sheets of one: [F, H, W, 3] uint8, and the layout on them.
+
+    A picture of another shape than the largest one lies in the middle of its sheet.
+    """
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    sheets, box = np.full((len(pictures), height, width, 3), 255, np.uint8), layout.box.copy()
+    for number, picture in enumerate(pictures):
+        scale = min(height / picture.shape[0], width / picture.shape[1])
+        rows, columns = (max(1, round(side * scale)) for side in picture.shape[:2])
+        top, left = (height - rows) // 2, (width - columns) // 2
+        image = Image.fromarray(picture)
+        drawn = picture if scale == 1 else np.asarray(image.resize((columns, rows)))
+        sheets[number, top : top + rows, left : left + columns] = drawn
+        own, sides = layout.frame == number, np.array([columns / width, rows / height])
+        box[own] *= np.tile(sides, 2).astype(np.float32)
+        box[own, :2] += np.array([left / width, top / height], np.float32)
+    return sheets, replace(layout, box=box)
 
 
 def cells(index: np.ndarray, rows: int, columns: int, newline: bool = False) -> np.ndarray:

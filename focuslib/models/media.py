@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -16,6 +16,18 @@ from focuslib.errors import UserError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FOLDER_FPS = 3.0  # frames a second of a folder of frames: that of MVBench's, the only published data set with folders
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The sampled frames of a video, and when they are shown.
+
+    frames: [F, H, W, 3] uint8. times: seconds from the video's start, ascending. duration: of the whole video, seconds.
+    """
+
+    frames: np.ndarray
+    times: tuple[float, ...]
+    duration: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,14 @@ class FrameSampling:
     max_frames: int
     per_second: float | None = None
     centred: bool = False
+
+    def changed(self, frames: int | None = None, fps: float | None = None) -> "FrameSampling":
+        """The same with another number of frames or rate. Raises UserError if one is not above 0."""
+        for name, value in (("frames", frames), ("fps", fps)):
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be above 0")
+        changes = {"max_frames": frames, "per_second": fps}
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def indices(self, total: int, fps: float) -> list[int]:
         """Frame numbers to take from a video of `total` frames at `fps` frames a second, ascending."""
@@ -98,10 +118,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
-    """The sampled frames of a video file, or of a folder of frames in the order of their names.
+    """The frames of `read_clip`: [F, H, W, 3] uint8."""
+    return read_clip(path, sampling).frames
 
-    Returns [F, H, W, 3] uint8 RGB, upright. Decodes only what lies between a wanted frame and the key frame before
-    it, and keeps only wanted frames. Raises UserError if the video cannot be read.
+
+def read_clip(path: str | Path, sampling: FrameSampling) -> Clip:
+    """The sampled frames of a video file, or of a folder of frames in the order of their names, with their times.
+
+    The frames are RGB, upright. Decodes only what lies between a wanted frame and the key frame before it, and keeps
+    only wanted frames. Raises UserError if the video cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -119,14 +144,17 @@ def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
     if not set(wanted) <= frames.keys():
         total = len(listing.times)
         raise UserError(f"{path}: truncated, {total} frames announced and {max(frames) + 1} decoded")
-    return _stack(path, [frames[index] for index in wanted])
+    pixels = _stack(path, [frames[index] for index in wanted])
+    return Clip(pixels, tuple(listing.seconds(index) for index in wanted), listing.duration)
 
 
-def _read_folder(path: Path, sampling: FrameSampling) -> np.ndarray:
+def _read_folder(path: Path, sampling: FrameSampling) -> Clip:
     files = sorted(file for file in path.iterdir() if is_image_file(file))
     if not files:
         raise UserError(f"{path}: a folder without image files")
-    return _stack(path, [np.asarray(read_image(files[i])) for i in sampling.indices(len(files), FOLDER_FPS)])
+    wanted = sampling.indices(len(files), FOLDER_FPS)
+    pixels = _stack(path, [np.asarray(read_image(files[i])) for i in wanted])
+    return Clip(pixels, tuple(index / FOLDER_FPS for index in wanted), len(files) / FOLDER_FPS)
 
 
 def _stack(path: Path, frames: list[np.ndarray]) -> np.ndarray:
@@ -138,12 +166,25 @@ def _stack(path: Path, frames: list[np.ndarray]) -> np.ndarray:
 
 @dataclass
 class _Packets:
-    """What a video file holds, without decoding: display times in stream units, in order, and those of key frames."""
+    """What a video file holds, without decoding: display times in stream units, in order, and those of key frames.
+
+    unit: seconds of a stream unit; None: the file has no times, and they are counted in frames.
+    """
 
     times: list[int]
     key_times: list[int]
     fps: float
     seekable: bool
+    unit: float | None
+
+    def seconds(self, index: int) -> float:
+        """When a frame is shown, from the first one."""
+        return (self.times[index] - self.times[0]) * (self.unit or 1 / self.fps)
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self.seconds(-1) + 1 / self.fps
 
 
 def _video_stream(container: InputContainer) -> av.VideoStream:
@@ -161,6 +202,7 @@ def _list_packets(path: Path) -> _Packets:
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         announced, fps = stream.frames, float(stream.average_rate or stream.guessed_rate or 1)
+        unit = float(stream.time_base) if stream.time_base else None
         for packet in container.demux(stream):
             if packet.dts is None and packet.size == 0:  # the flush packet at the end
                 continue
@@ -181,11 +223,11 @@ def _list_packets(path: Path) -> _Packets:
     if count - cut < announced:
         raise UserError(f"{path}: truncated, {announced} frames announced and {count - cut} found whole")
     if without_time:
-        return _Packets(list(range(len(times) + without_time)), [], fps, False)
+        return _Packets(list(range(len(times) + without_time)), [], fps, False, None)
     times.sort()
     key_times.sort()
     seekable = bool(key_times) and key_times[0] == times[0] and len(set(times)) == len(times)
-    return _Packets(times, key_times, fps, seekable)
+    return _Packets(times, key_times, fps, seekable, unit)
 
 
 def _decode_seeking(path: Path, packets: _Packets, wanted: list[int]) -> dict[int, np.ndarray] | None:

@@ -38,7 +38,10 @@ class Qwen25VL(VLM):
             return self.assemble_ids(self.token_ids(SYSTEM + prompt + ASSISTANT), None, None)
         image = self.open(media)
         if not isinstance(image, Image.Image):
-            raise UserError(f"{self.name} takes images; give an image, not a video")
+            raise UserError(
+                f"{self.name} takes images, as published; give an image, or load the checkpoint by the adapter hf for "
+                "videos"
+            )
         pixels, grid = self.pixel_values(image)
         pads = "<|image_pad|>" * self.tokens(grid)
         text = f"{SYSTEM}<|vision_start|>{pads}<|vision_end|>{prompt}{ASSISTANT}"

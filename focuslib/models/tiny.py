@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from focuslib.models.base import Needs
 from focuslib.models.llava_onevision import LlavaOnevision
 from focuslib.models.media import FrameSampling
 
@@ -14,3 +15,4 @@ class TinyOnevision(LlavaOnevision):
     name = "tiny_onevision"
     checkpoint = str(CHECKPOINT)
     default_sampling = FrameSampling(max_frames=32, per_second=4)
+    needs = Needs(memory_gb=2)

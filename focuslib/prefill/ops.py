@@ -42,11 +42,10 @@ class DecoderShape:
 
     def site_cost(self, site: str, tokens: int) -> int:
         """Relative cost of a site, the weight of its sparsity in a sample's mean (choice of the median sample)."""
-        gqa = self.heads // self.kv_heads
         return {
-            "q_proj": self.hidden**2 + 2 * self.hidden**2 // gqa,
-            "query": self.hidden * tokens,
-            "o_proj": self.hidden**2,
+            "q_proj": self.hidden * (self.query_width + 2 * self.kv_width),
+            "query": self.query_width * tokens,
+            "o_proj": self.query_width * self.hidden,
             "gate_proj": 2 * self.hidden * self.mlp,
             "down_proj": self.hidden * self.mlp,
         }[site]

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
-from focuslib.kernels.semantic import attention_rows, seen_keys
+from focuslib.kernels.semantic import attention_rows, causal_attention
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
 from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
@@ -32,6 +32,8 @@ from focuslib.prefill.positions import has_axes, shifted
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
 from focuslib.prefill.tower import Tower, watch
+
+_SMALL = 1 << 20  # entries of attention matrices that are formed at a time
 
 _patches: WeakKeyDictionary[nn.Module, "_Patch"] = WeakKeyDictionary()  # by attention module
 
@@ -244,16 +246,21 @@ class _Patch:
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float
     ) -> Tensor:
         """Attention with the probabilities offered to the method, one head at a time. → [1, T, H, d]."""
-        group, mask = q.shape[0] // k.shape[0], prefill.mask
-        rows = torch.arange(q.shape[1], device=q.device)
-        mask = seen_keys(rows, q.shape[1])[None] if mask is None else mask
-        out = q.new_empty((1, q.shape[1], q.shape[0], v.shape[2]))
-        for head in range(q.shape[0]):
-            kv = slice(head // group, head // group + 1)
-            own = mask if len(mask) == 1 else mask[head : head + 1]
-            probabilities = attention_rows(q[head : head + 1], k[kv], rows, scaling, own)[0]
-            probabilities = self.method.on_probabilities(prefill, layer, head, probabilities)
-            out[0, :, head] = probabilities.to(v.dtype) @ v[kv][0]
+        (heads, tokens, _), group, mask = q.shape, q.shape[0] // k.shape[0], prefill.mask
+        rows = torch.arange(tokens, device=q.device)
+        out = q.new_empty((1, tokens, heads, v.shape[2]))
+        together = heads if heads * tokens**2 <= _SMALL else 1
+        memory: Tensor | None = None
+        for first in range(0, heads, together):
+            some, kv = slice(first, first + together), slice(first // group, (first + together - 1) // group + 1)
+            if mask is None:
+                matrices = causal_attention(q[some], k[kv], scaling, memory)
+                memory = None if matrices.requires_grad else matrices
+            else:
+                matrices = attention_rows(q[some], k[kv], rows, scaling, mask if len(mask) == 1 else mask[some])
+            for head, matrix in enumerate(matrices, first):
+                probabilities = self.method.on_probabilities(prefill, layer, head, matrix)
+                out[0, :, head] = probabilities.to(v.dtype) @ v[head // group]
         return out
 
 

@@ -268,7 +268,10 @@ class Events(Protocol):
         ...
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
-        """One head's softmax attention matrix [T, T] float32 → the matrix to use instead."""
+        """One head's softmax attention matrix [T, T] float32 → the matrix to use instead.
+
+        It belongs to the method, that may overwrite it, but not for long: the next head's may take its memory.
+        """
         ...
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,11 @@ class Trace:
     def num_layers(self) -> int:
         return len(next(iter(self.codes.values())))
 
+    @property
+    def medium(self) -> Tensor:
+        """Which image or video of the prompt each visual token belongs to: [S] int64 (see Grid.medium_of)."""
+        return self.grid.medium_of()
+
     def mask_zero(self, site: str) -> Tensor:
         """[layers, S, V] bool: pruned or all-zero vectors."""
         return torch.stack([_zero(codes) for codes in self.codes[site]])

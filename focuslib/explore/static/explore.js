@@ -22,7 +22,7 @@ async function readView(bytes) {
   const length = new DataView(buffer).getUint32(0, true);
   const view = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   const array = ({ dtype, shape, at }) => new TYPES[dtype](buffer, 4 + length + at, shape.reduce((a, b) => a * b, 1));
-  for (const name of ["dropped", "frame", "panel", "box", "importance"]) if (view[name]) view[name] = array(view[name]);
+  for (const name of ["dropped", "frame", "panel", "box", "importance", "neighbours"]) if (view[name]) view[name] = array(view[name]);
   for (const site of SITES)
     for (const name of ["codes", "similar", "zero", "follows", "mean", "steps", "above"])
       if (view.sites[site][name]) view.sites[site][name] = array(view.sites[site][name]);
@@ -109,14 +109,14 @@ class Reader {
   groups(site, layer, vector) {
     const key = `${site} ${layer} ${vector}`;
     if (!this.roots.has(key)) {
-      const { tokens, candidates, hops } = this.view;
+      const { tokens, hops } = this.view;
       const root = new Int32Array(tokens), size = new Int32Array(tokens);
       for (let p = 0; p < tokens; p++) {
         let at = p;
         for (let hop = 0; hop < hops; hop++) {
           const code = this.code(at, site, layer, vector);
           if (code === ITSELF || code === ZERO) break;
-          at -= candidates[code - 1][0];
+          at = follow(this.view, at, code);
         }
         root[p] = at;
         size[at]++;
@@ -146,6 +146,8 @@ class Reader {
   }
 }
 
+/** The token that a code leads to: by a distance, or (unequal frames, tiles, several media) by a table. */
+const follow = (view, p, code) => (view.neighbours ? view.neighbours[(code - 1) * view.tokens + p] : p - view.candidates[code - 1][0]);
 const sum = (array, from, to) => { let total = 0; for (let i = from; i < to; i++) total += array[i]; return total; };
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
@@ -332,7 +334,7 @@ function drawFrame(c, reader, state, width, height, theme, mates) {
 function targetOf(reader, state, p) {
   if (state.overlay === "links") return reader.view.links.target[p];
   const code = reader.code(p, state.site, state.layer, state.vector);
-  return code === ITSELF || code === ZERO ? p : p - reader.view.candidates[code - 1][0];
+  return code === ITSELF || code === ZERO ? p : follow(reader.view, p, code);
 }
 
 function outline(c, [x, y, w, h], colour) {
@@ -595,7 +597,7 @@ function mountExplorer(element, view, state = {}, onState = () => {}) {
       parts.push(`${s.similar[at]} similar, ${s.zero[at]} zero, ${s.vectors - s.similar[at] - s.zero[at]} computed of ${s.vectors} vectors`);
       if (s.mean) parts.push(`best similarity ${reader.similarity(p, site, layer, vector).toFixed(3)}${vector < 0 ? " (mean)" : ""}`);
       const code = reader.code(p, site, layer, vector);
-      if (code !== ITSELF && code !== ZERO) parts.push(`follows token ${p - view.candidates[code - 1][0]} (${PLACES[placeOf(view.candidates[code - 1])]})`);
+      if (code !== ITSELF && code !== ZERO) parts.push(`follows token ${follow(view, p, code)} (${PLACES[placeOf(view.candidates[code - 1])]})`);
       if (view.importance) parts.push(`prompt importance ${((view.importance[at] / 65535) * view.importance_most[layer]).toPrecision(2)}`);
       const size = mates ? mates.reduce((n, share) => n + (share > 0), 0) : 0;
       if (size > 1) parts.push(`shares a mean with ${size - 1} other token${size > 2 ? "s" : ""}`);

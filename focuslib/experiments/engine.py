@@ -1,0 +1,165 @@
+"""What every engine does: give shards to workers, and pass on what these send as soon as it is there."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from focuslib.errors import UserError
+from focuslib.experiments.cell import Cell
+from focuslib.experiments.finish import one_line
+from focuslib.experiments.shards import Model, Shard, needs_of
+from focuslib.models.base import Needs
+
+DIED = "its process died, perhaps for want of memory; run again, with fewer workers"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer. entry: as a journal keeps it. trace: the content of its trace file, if one is wanted."""
+
+    entry: dict[str, Any]
+    trace: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A shard is done. about: on what it ran, and its seconds.
+
+    content, view: what a cell about one question gave, and the content of its view file.
+    """
+
+    about: dict[str, Any]
+    content: dict[str, Any] | None = None
+    view: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A shard ended before it was done. again: whether another try may do better."""
+
+    why: str
+    again: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A worker whose node is not as the driver's: it is given nothing more."""
+
+    why: str
+
+
+Message = Answer | Report | Fault | Refused
+
+
+class NodeError(UserError):
+    """What a node lacks or has in another version than the driver."""
+
+
+class Work(Protocol):
+    """What a worker process holds, from shard to shard."""
+
+    def answer(self, shard: Shard) -> Iterator[Answer | Report]:
+        """Everything that a shard gives, a report last. Raises UserError, or NodeError."""
+        ...
+
+
+class Engine(Protocol):
+    """Where shards are answered. Entering it starts or finds the workers, leaving it ends those it started.
+
+    running: worker → the shard it is at. workers: how many there are now. refused: one line a worker that was refused.
+    """
+
+    running: dict[str, Shard]
+    refused: list[str]
+
+    @property
+    def workers(self) -> int: ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def run(self, queue: Queue) -> Iterator[tuple[Shard, Message]]:
+        """Have the queue's shards answered, those too that are put into it meanwhile, until it is empty.
+
+        Of every shard that is taken a Report or a Fault comes last.
+        """
+        ...
+
+
+def messages(work: Work, shard: Shard) -> Iterator[Message]:
+    """What a worker sends of a shard, its errors too."""
+    try:
+        yield from work.answer(shard)
+    except NodeError as error:
+        yield Refused(str(error))
+    except Exception as error:  # an unforeseen fault must not cost the other shards
+        yield Fault(one_line(error), again=not isinstance(error, UserError))
+
+
+def refuse_rest(queue: Queue, refused: list[str]) -> Iterator[tuple[Shard, Message]]:
+    """Give up what waits where every worker was refused."""
+    while shard := queue.take():
+        yield shard, Fault(refused[-1] if refused else "there is no worker", again=False)
+
+
+class Queue:
+    """Shards that wait for a worker.
+
+    A worker goes on with the model it holds. One that has none, or whose model's shards are all taken, gets the model
+    of which most seconds wait for each worker that would then be at it.
+    """
+
+    def __init__(self, shards: Iterable[Shard] = ()):
+        self._waiting: dict[Model, deque[Shard]] = {}
+        self._seconds: defaultdict[Model, float] = defaultdict(float)
+        self._holders: Counter[Model] = Counter()
+        for shard in shards:
+            self.put(shard)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, shard: Shard, first: bool = False) -> None:
+        """Add a shard, behind those of its model or before them."""
+        line = self._waiting.setdefault(shard.model, deque())
+        line.appendleft(shard) if first else line.append(shard)
+        self._seconds[shard.model] += shard.expected
+
+    def take(self, holds: Model | None = None, needs: Needs | None = None) -> Shard | None:
+        """The next shard of a worker that holds a model; None: there is none. needs: only of models that need this."""
+        open_ = [model for model, line in self._waiting.items() if line and needs in (None, needs_of(model))]
+        if not open_:
+            return None
+        chosen = holds
+        if chosen not in open_:
+            chosen = max(open_, key=lambda model: self._seconds[model] / (1 + self._holders[model]))
+            self.let_go(holds)
+            self._holders[chosen] += 1
+        shard = self._waiting[chosen].popleft()
+        self._seconds[chosen] -= shard.expected
+        return shard
+
+    def let_go(self, model: Model | None) -> None:
+        """A worker holds this model no longer: it took another, or it ended."""
+        if model is not None:
+            self._holders[model] -= 1
+
+    def drop(self, cell: Cell) -> int:
+        """Take a cell's shards out; returns how many there were."""
+        before = len(self)
+        for model, line in self._waiting.items():
+            kept = deque(shard for shard in line if shard.cell != cell)
+            self._waiting[model], self._seconds[model] = kept, sum(shard.expected for shard in kept)
+        return before - len(self)
+
+    def groups(self) -> dict[Needs, int]:
+        """How many shards wait, by what their models need."""
+        counts: Counter[Needs] = Counter()
+        for model, line in self._waiting.items():
+            if line:
+                counts[needs_of(model)] += len(line)
+        return dict(counts)

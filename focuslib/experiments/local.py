@@ -1,0 +1,162 @@
+"""The engine of one machine: processes, each on a GPU of its own as far as there are GPUs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from threading import Thread
+
+import torch
+
+from focuslib.experiments.engine import DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
+from focuslib.experiments.shards import Model, Shard
+from focuslib.experiments.worker import Worker
+
+AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
+
+_SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and CUDA forbids it
+
+
+class LocalEngine:
+    """Processes that share this machine's cores (see engine.Engine). make: makes what a process holds."""
+
+    def __init__(self, workers: int, make: Callable[[], Work] = Worker):
+        self.make, self.count = make, workers
+        self.running: dict[str, Shard] = {}
+        self.refused: list[str] = []
+        self._hands: list[_Hand] = []
+
+    @property
+    def workers(self) -> int:
+        return len(self._hands)
+
+    def __enter__(self) -> LocalEngine:
+        self._hands = [_Hand(number, self.count, self.make) for number in range(self.count)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hand in self._hands:
+            hand.process.terminate()
+        for hand in self._hands:
+            hand.process.join()
+            hand.connection.close()
+        self._hands, self.running = [], {}
+
+    def run(self, queue: Queue) -> Iterator[tuple[Shard, Message]]:
+        """See engine.Engine."""
+        while True:
+            for hand in self._hands:
+                self._feed(hand, queue)
+            busy = {hand.connection: hand for hand in self._hands if hand.given}
+            if not busy:
+                yield from refuse_rest(queue, self.refused)
+                return
+            for connection in wait(list(busy)):
+                yield from self._receive(busy[connection], queue)  # type: ignore[index]
+
+    def _feed(self, hand: _Hand, queue: Queue) -> None:
+        """Give a worker the next shard, and one ahead while there are enough for the others."""
+        while len(hand.given) < (AHEAD if len(queue) >= self.count else 1):
+            shard = queue.take(hand.holds)
+            if shard is None:
+                return
+            try:
+                hand.connection.send(shard)
+            except OSError:  # it has died; the end of its connection will say so
+                queue.put(shard, first=True)
+                if not hand.given:
+                    hand.restart()
+                return
+            hand.holds = shard.model
+            hand.given.append(shard)
+            self.running[hand.name] = hand.given[0]
+
+    def _receive(self, hand: _Hand, queue: Queue) -> Iterator[tuple[Shard, Message]]:
+        """What a worker has sent, or that it has died."""
+        shard = hand.given[0]
+        try:
+            message = hand.connection.recv()
+        except (EOFError, OSError):
+            message = Fault(DIED, again=True)
+            hand.given.popleft()
+            self._take_back(hand, queue)
+            hand.restart()
+        else:
+            if isinstance(message, Refused):
+                self.refused.append(message.why)
+                self._take_back(hand, queue)
+                hand.stop()
+                self._hands.remove(hand)
+                return
+            if not isinstance(message, Report | Fault):
+                yield shard, message
+                return
+            hand.given.popleft()
+            if hand.given:
+                self.running[hand.name] = hand.given[0]
+            else:
+                self.running.pop(hand.name, None)
+        yield shard, message
+
+    def _take_back(self, hand: _Hand, queue: Queue) -> None:
+        """Put what a worker was given back into the queue."""
+        for shard in reversed(hand.given):
+            queue.put(shard, first=True)
+        hand.given.clear()
+        queue.let_go(hand.holds)
+        hand.holds = None
+        self.running.pop(hand.name, None)
+
+
+class _Hand:
+    """The driver's end of a worker process. given: its shards, the one it is at first."""
+
+    def __init__(self, number: int, count: int, make: Callable[[], Work]):
+        self.number, self.count, self.make = number, count, make
+        self.name = f"worker {number}"
+        self.given: deque[Shard] = deque()
+        self.holds: Model | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.connection, theirs = _SPAWN.Pipe()
+        self.process = _SPAWN.Process(target=_serve, args=(theirs, self.number, self.count, self.make), daemon=True)
+        self.process.start()
+        theirs.close()  # else the end of the process would not end the connection
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+def _serve(connection: Connection, number: int, count: int, make: Callable[[], Work]) -> None:
+    """A worker process: answers the shards that come, until its parent ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the driver's, which ends the workers
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ["TQDM_DISABLE"] = "1"  # progress is the driver's
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    work = make()
+    while True:
+        shard = connection.recv()
+        for message in messages(work, shard):
+            connection.send(message)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A worker whose parent was killed must not go on writing beside the next run's."""
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,208 @@
+"""Cells over the workers of an engine: split into shards, their answers kept in journals, scored when all are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from focuslib.errors import UserError
+from focuslib.evaluation.datasets import DATASETS
+from focuslib.evaluation.evaluate import score_answers
+from focuslib.evaluation.journal import Journal, lasting
+from focuslib.evaluation.sources import require
+from focuslib.experiments.cell import Cell
+from focuslib.experiments.engine import Answer, Engine, Fault, Message, Queue, Report
+from focuslib.experiments.finish import Settled, choose_trace, one_line, resume, trace_file, write_result
+from focuslib.experiments.progress import Bar
+from focuslib.experiments.published import seconds_a_question
+from focuslib.experiments.shards import Question, Shard, questions_of, split
+from focuslib.experiments.store import claimed, result_file, work_folder
+from focuslib.files import write_bytes, write_json
+from focuslib.paths import shown
+
+TRIES = 3  # of a shard, without an answer in between
+
+
+class CellRun:
+    """A cell that is being run: what is known of it, in its work folder.
+
+    records: question → the entry of its answer. about: on what it ran. failed: why it will have no result now.
+    """
+
+    def __init__(self, cell: Cell, path: Path):
+        self.cell, self.path, self.identity = cell, path, cell.identity()
+        work = work_folder(path)
+        self.journal = Journal(work / "journal.jsonl")
+        self.records = {(entry["task"], entry["doc_id"]): entry for entry in self.journal.entries.values()}
+        self._about = work / "about.json"
+        self.about: dict[str, Any] | None = json.loads(self._about.read_text()) if self._about.exists() else None
+        self.content: dict[str, Any] = {}
+        self.questions: list[Question] = []
+        self.shards = 0  # that are not done
+        self.failed: str | None = None
+        self.tries: dict[int, tuple[int, int]] = {}  # shard number → faults, questions left at the last one
+
+    @property
+    def looks(self) -> bool:
+        """Whether it is about one question, and has no answers."""
+        return self.cell.kind in ("cost", "view")
+
+    def split(self, size: int | None) -> list[Shard]:
+        """The shards that are left; one without questions where only what the cell ran on is not known."""
+        require(DATASETS[self.cell.dataset])
+        shards = []
+        if not self.looks:
+            self.questions = questions_of(self.cell)
+            seconds = seconds_a_question(self.cell)
+            shards = split(self.cell, self.questions, self.records.keys(), size, seconds, self.identity)
+        if not shards and self.about is None:
+            shards = [Shard(self.cell, 1, 1, (), self.identity)]
+        self.shards = len(shards)
+        return shards
+
+    def keep(self, answer: Answer) -> None:
+        """Keep an answer, on disk before this returns, but for one that must be asked again in another run."""
+        entry = answer.entry
+        question = entry["task"], entry["doc_id"]
+        if answer.trace is not None:
+            write_bytes(trace_file(self.path, *question), answer.trace)
+        if lasting(entry):
+            self.journal.add(entry["key"], entry)
+        self.records[question] = entry
+
+    def note(self, report: Report) -> None:
+        """A shard is done."""
+        self.shards -= 1
+        seconds = self.about["seconds"] if self.about else 0.0
+        self.about = {**(self.about or report.about), "seconds": seconds + report.about["seconds"]}
+        write_json(self._about, self.about)
+        if report.content is not None:
+            self.content = dict(report.content)
+        if report.view is not None:
+            view = self.path.with_suffix(".view.npz")
+            write_bytes(view, report.view)
+            self.content["view"] = view.name
+
+    def fault(self, shard: Shard, fault: Fault) -> Shard | None:
+        """What is left of a shard that ended early, to be tried again; None: that is the end of the shard."""
+        left = tuple(question for question in shard.questions if question not in self.records)
+        faults, before = self.tries.get(shard.number, (0, -1))
+        faults = faults + 1 if len(left) == before or before < 0 else 1
+        self.tries[shard.number] = faults, len(left)
+        if fault.again and faults < TRIES:
+            return Shard(self.cell, shard.number, shard.count, left, shard.identity, shard.seconds)
+        self.shards -= 1
+        self.failed = self.failed or self._explain(shard, fault, len(left))
+        return None
+
+    def _explain(self, shard: Shard, fault: Fault, left: int) -> str:
+        """Why there is no result, in a line."""
+        if not fault.again:
+            return fault.why
+        return f"{shard} failed {TRIES} times, {left} of its questions without an answer: {fault.why}"
+
+    def finish(self) -> None:
+        """Score the answers and write the result."""
+        self.journal.close()
+        content = self.content
+        if not self.looks:
+            cell = self.cell
+            dataset = DATASETS[cell.dataset]
+            found = score_answers(cell.model, dataset, self.records, limit=cell.limit, seed=cell.seed)
+            content = {**found.to_dict(), **choose_trace(cell, self.path, found.samples)}
+        write_result(self.cell, self.path, content, self.about or {})
+
+
+def spread(cells: list[Cell], folder: Path, engine: Engine, size: int | None, bar: Bar) -> Iterator[Settled]:
+    """Run cells on an entered engine; each as it is settled. size: questions a shard (see shards.split).
+
+    Raises UserError if an answer cannot be kept, on a full disk: nothing that is answered from then on would be.
+    """
+    with ExitStack() as claims:
+        runs: dict[Cell, CellRun] = {}
+        queue = Queue()
+        for cell in cells:
+            try:
+                path = result_file(cell, folder)
+                claims.enter_context(claimed(path))
+                if settled := resume(cell, folder):  # another process was at it
+                    yield settled
+                    continue
+                run = CellRun(cell, path)
+                claims.callback(run.journal.close)
+                shards = run.split(size)
+            except UserError as error:
+                yield cell, False, str(error)
+                continue
+            runs[cell] = run
+            for shard in shards:
+                queue.put(shard)
+            if not shards:  # it was stopped between its last answer and its result
+                yield _settle(run)
+        watch = _Watch(engine, queue, list(runs.values()), bar)
+        for shard, message in engine.run(queue):
+            run = runs[shard.cell]
+            _take(run, shard, message, queue, folder)
+            watch.show()
+            if not run.shards:
+                yield _settle(run)
+                run.shards = -1
+
+
+def _take(run: CellRun, shard: Shard, message: Message, queue: Queue, folder: Path) -> None:
+    """See to what a worker sent."""
+    try:
+        if isinstance(message, Answer):
+            run.keep(message)
+        elif isinstance(message, Report):
+            run.note(message)
+        elif isinstance(message, Fault):
+            if again := run.fault(shard, message):
+                queue.put(again, first=True)
+            elif not message.again:  # the others would end likewise
+                run.shards -= queue.drop(run.cell)
+    except OSError as error:
+        why = f"{error.strerror or error}; what was answered before is kept"
+        raise UserError(f"{shown(folder)}: an answer could not be kept ({why}): make room, and run again") from error
+
+
+def _settle(run: CellRun) -> Settled:
+    """Give a cell whose shards are all done its result."""
+    if run.failed is not None:
+        lacking = len(run.questions) - len(run.records)
+        incomplete = f"; the cell is incomplete, {lacking} of {len(run.questions)} questions are not answered"
+        return run.cell, False, run.failed + (incomplete if run.questions else "")
+    try:
+        run.finish()
+    except Exception as error:  # an unforeseen fault must not cost the other cells
+        return run.cell, False, one_line(error)
+    return run.cell, True, None
+
+
+class _Watch:
+    """Says on the bar how far the shards are."""
+
+    def __init__(self, engine: Engine, queue: Queue, runs: list[CellRun], bar: Bar):
+        self.engine, self.queue, self.runs, self.bar = engine, queue, runs, bar
+        self.count = sum(run.shards for run in runs)
+        self.questions = sum(len(run.questions) for run in runs)
+
+    def show(self) -> None:
+        """Say it, at most some times a second."""
+        if not self.bar.due():
+            return
+        left = sum(max(run.shards, 0) for run in self.runs)
+        answered = sum(len(run.records) for run in self.runs)
+        at = ", ".join(f"{name} {shard.cell.method} {shard.number}/{shard.count}" for name, shard in self._few())
+        faults = sum(faults for run in self.runs for faults, _ in run.tries.values())
+        self.bar.say(
+            f"{self.count - left}/{self.count} shards, {answered}/{self.questions} questions, "
+            f"{self.engine.workers} workers ({at}), {faults} faults",
+            answered / self.questions if self.questions else 0.0,
+        )
+
+    def _few(self) -> list[tuple[str, Shard]]:
+        return sorted(self.engine.running.items())[:4]
