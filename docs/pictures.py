@@ -21,7 +21,7 @@ from focuslib.methods import Focus, Method
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, TinyOnevision
 from focuslib.prefill.record import Links
-from focuslib.report.figures import kept_tokens_figure
+from focuslib.report.figures import kept_rows_figure, kept_tokens_figure
 from focuslib.tasks.tinyvideo.build import load_docs
 from focuslib.tasks.tinyvideo.questions import prompt
 
@@ -42,21 +42,25 @@ def main() -> None:
     IMAGES.joinpath("focus-sic.png").write_bytes(view_png(focus, {"frame": 4, "layer": 1}))
     for name in ("cmc", "adaptiv", "framefusion"):
         save(links_figure(views[name]), name)
+    for name in ("fastv", "evs", "vidcom2", "pyramiddrop", "dycoke", "visionzip", "flashvid"):
+        data = view(vlm, name, {"target_sparsity": 0.5})
+        left = {"left": np.asarray(list(data.kept.values())[-1])}
+        save(kept_rows_figure(data.frames, data.layout, left, data.question.splitlines()[0]), name, dpi=62)
 
 
-def view(vlm: VLM, name: str) -> ViewData:
+def view(vlm: VLM, name: str, settings: dict | None = None) -> ViewData:
     """What the explorer shows of the clip under a method."""
     docs = load_docs(DATASET.removeprefix("tinyvideo_"), "test")
     doc = min((doc for doc in docs if doc["question_type"] == "direction"), key=lambda doc: doc["id"])
-    method, probe = (_method(kind, vlm) for kind in (name, "focus"))
+    method, probe = _method(name, vlm, settings), _method("focus", vlm)
     assert isinstance(probe, Focus)
     if name == "focus":
         method = probe
     return run_view(vlm, doc["video"], prompt(doc["question"], doc["options"]), method, probe)
 
 
-def _method(name: str, vlm: VLM) -> Method:
-    return make_method(name, method_settings(name, vlm.name, DATASET))
+def _method(name: str, vlm: VLM, settings: dict | None = None) -> Method:
+    return make_method(name, method_settings(name, vlm.name, DATASET) | (settings or {}))
 
 
 def links_figure(data: ViewData) -> Figure:
