@@ -193,14 +193,18 @@ def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, T
 
 
 def _sum(lanes: Tensor) -> Tensor:
-    """Sum over dim −2, adding one half to the other until one is left: one order everywhere, compiled or not."""
+    """Sum over dim −2, adding one half to the other until one is left: one order everywhere, compiled or not.
+
+    Uncompiled, it overwrites its argument.
+    """
     compiling = torch.compiler.is_compiling()
     count = lanes.shape[-2]
     while count > (_LANES if compiling else 1):
         half = count // 2
-        rest = lanes[..., 2 * half :, :]  # none, or the last
-        lanes = lanes[..., :half, :] + lanes[..., half : 2 * half, :]
-        if count % 2:
+        rest = lanes[..., 2 * half :, :] if count % 2 else None  # the last
+        one, other = lanes[..., : 2 * half, :].chunk(2, -2)
+        lanes = one + other if compiling else one.add_(other)
+        if rest is not None:
             lanes = torch.cat([lanes, rest], -2)
         count = half + count % 2
     return lanes.sum(-2) if compiling else lanes.squeeze(-2)
