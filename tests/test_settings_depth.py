@@ -5,6 +5,7 @@ import torch
 from tiny_families import GRID, TOKENS, family
 
 from focuslib.errors import UserError
+from focuslib.evaluation.settings import method_settings
 from focuslib.methods import Cmc, Focus
 from focuslib.methods.depth import layer_numbers
 from focuslib.methods.settings import make_method
@@ -58,3 +59,13 @@ def test_the_last_layer_of_any_model_is_skipped():
     with Cmc(skip_score_layers=(27 / 28,), interval=2, i_frame=1)(vlm) as run, torch.inference_mode():
         vlm.model(inputs_embeds=torch.randn(1, TOKENS, 32))
     assert ["score" in rows for rows in run.last.rows] == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("method", ["focus", "cmc"])
+@pytest.mark.parametrize("layers", [2, 12, 36])
+def test_the_settings_of_any_model_suit_its_depth(method, layers):
+    vlm = family("qwen2", "sdpa", num_hidden_layers=layers)
+    made = make_method(method, method_settings(method, "a-model", "videomme", adapter="hf"))
+    with made(vlm) as run, torch.inference_mode():
+        vlm.model(inputs_embeds=torch.randn(1, TOKENS, 32))
+    assert run.last.retained[-1] == (2 if method == "focus" else GRID.length)

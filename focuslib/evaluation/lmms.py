@@ -88,7 +88,9 @@ class FocusLmms(lmms):
         if self.named is None:
             return self.method
         name, settings = self.named
-        return make_method(name, {**method_settings(name, self.vlm.name, dataset_of(task)), **settings})
+        return make_method(
+            name, {**method_settings(name, self.vlm.name, dataset_of(task), adapter=type(self.vlm).name), **settings}
+        )
 
     @property
     def device(self) -> torch.device:

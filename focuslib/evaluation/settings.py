@@ -10,6 +10,7 @@ from focuslib.errors import UserError, brief, pick
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.methods import METHODS
 from focuslib.methods.settings import typed_settings
+from focuslib.models import HfVLM
 from focuslib.models.registry import named
 from focuslib.paths import params_folder, parse_yaml, read_text
 from focuslib.validation import explain
@@ -29,16 +30,19 @@ class Entry(BaseModel):
         return self.model_extra or {}
 
 
-def method_settings(method: str, model: str, dataset: str, path: Path | None = None) -> dict[str, Any]:
+def method_settings(
+    method: str, model: str, dataset: str, path: Path | None = None, *, adapter: str | None = None
+) -> dict[str, Any]:
     """The hyper-parameters of a method for a model and data set, from params/methods.yaml.
 
+    adapter: the name of the model's adapter, where it is not the model's own (hf).
     Of several methods at once (vidcom2+focus), those of each, as vidcom2.retention.
     Raises UserError for any mistake in the file: a misspelt name would silently match nothing.
     """
     if "+" in method:
-        parts = {part: method_settings(part, model, dataset, path) for part in method.split("+")}
+        parts = {part: method_settings(part, model, dataset, path, adapter=adapter) for part in method.split("+")}
         return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
-    return matching_settings(methods_file(path).get(method, []), model, dataset)
+    return matching_settings(methods_file(path).get(method, []), model, dataset, adapter)
 
 
 def methods_file(path: Path | None = None) -> dict[str, list[Entry]]:
@@ -68,7 +72,7 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
     try:
         entry = Entry.model_validate(content)
         for name in entry.models or []:
-            named(name)
+            _label(name)
         for name in entry.datasets or []:
             pick(DATASETS, name, "dataset")
         typed_settings(method, entry.settings)
@@ -79,14 +83,21 @@ def _checked(method: str, content: dict[str, Any], where: str) -> Entry:
     return entry
 
 
-def matching_settings(entries: list[Entry], model: str, dataset: str) -> dict[str, Any]:
+def matching_settings(entries: list[Entry], model: str, dataset: str, adapter: str | None = None) -> dict[str, Any]:
     """The settings for a model and data set: an entry matches the models and data sets it names, the last one wins.
 
-    A checkpoint of the adapter hf is named as owner/name.
+    A checkpoint of the adapter hf is named as owner/name, and all of them as hf.
     """
     settings: dict[str, Any] = {}
     for entry in entries:
-        models = None if entry.models is None else {named(name)[0] for name in entry.models}
-        if (models is None or model in models) and (entry.datasets is None or dataset in entry.datasets):
+        models = None if entry.models is None else set(map(_label, entry.models))
+        if (models is None or model in models or adapter in models) and (
+            entry.datasets is None or dataset in entry.datasets
+        ):
             settings.update(entry.settings)
     return settings
+
+
+def _label(name: str) -> str:
+    """What cells call the model that an entry names. Raises UserError if there is none."""
+    return name if name == HfVLM.name else named(name)[0]

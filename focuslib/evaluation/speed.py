@@ -51,7 +51,7 @@ def methods_for(vlm: VLM, names: list[str], dataset: str = "videomme") -> dict[s
 
     The layers of a shape may be fewer than the published model's: Focus then prunes at those that it has.
     """
-    made = {name: make_method(name, method_settings(name, vlm.name, dataset)) for name in names}
+    made = {name: make_method(name, method_settings(name, vlm.name, dataset, adapter=type(vlm).name)) for name in names}
     layers = vlm.model.config.get_text_config().num_hidden_layers
     for name, method in made.items():
         if isinstance(method, Focus) and isinstance(vlm, Shape):

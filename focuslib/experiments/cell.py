@@ -80,7 +80,8 @@ def make_cell(
     """A cell with all names checked. settings: replace those of params/methods.yaml."""
     model, checkpoint = named(model, checkpoint)
     pick(DATASETS, dataset, "dataset")
-    chosen = make_method(method, {**method_settings(method, model, dataset), **(settings or {})})
+    tuned = method_settings(method, model, dataset, adapter=adapter_of(model).name if checkpoint else None)
+    chosen = make_method(method, {**tuned, **(settings or {})})
     settings = _plain(chosen.settings())
     chosen_for = (settings, limit, device, dtype, seed, checkpoint, quantization, sample, frames, fps)
     return Cell(kind, model, dataset, method, *chosen_for)

@@ -234,7 +234,7 @@ def _default_focus(vlm: VLM) -> Focus:
 def default_method(name: str, vlm: VLM) -> Method:
     """A method with the settings for a model from params/methods.yaml; outside the project, with its own defaults."""
     try:
-        settings = method_settings(name, vlm.name, "")
+        settings = method_settings(name, vlm.name, "", adapter=type(vlm).name)
     except UserError:
         settings = {}
     return make_method(name, settings)
