@@ -39,7 +39,7 @@ def test_the_teaching_notebook_runs(tmp_path):
 def test_the_parameters_fit_their_notebook(experiment, profile):
     params, cells = plan(experiment, profile)
     assert params["results"] == profile
-    assert cells if experiment != "hardware" else cells == []
+    assert cells if experiment not in ("hardware", "speed") else cells == []
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

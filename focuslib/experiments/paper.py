@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from focuslib.errors import UserError, brief, pick
+from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.compare import compared_cells
@@ -17,6 +18,7 @@ from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
 from focuslib.hardware.accelerators import ACCELERATORS
 from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
+from focuslib.methods import METHODS
 from focuslib.models import MODELS
 from focuslib.models.registry import named
 from focuslib.paths import params_folder, project_root, shown
@@ -28,7 +30,8 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     Parameters
     ----------
     experiment
-        main, baselines, methods, dse, int8 or image. (The hardware models have no cells: see `study_hardware`.)
+        main, baselines, methods, dse, int8 or image. (The others have no cells: see `study_hardware` and
+        speed.study_speed.)
     profile
         The folder of params/ whose file is read.
     changes
@@ -43,8 +46,8 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     --------
     >>> run("main", "laptop", {"limit": 6, "results": "dev"})  # doctest: +SKIP
     """
-    if experiment == "hardware":
-        raise UserError("hardware has no cells to run; call study_hardware(profile)")
+    if experiment in ("hardware", "speed"):
+        raise UserError(f"{experiment} has no cells to run; call study_{experiment}(profile)")
     params, cells = plan(experiment, profile, changes)
     folder = results_folder(params["results"])
     if experiment == "int8":
@@ -193,10 +196,19 @@ def int8_cells(params: dict[str, Any], medians: Mapping[tuple[str, str], int | N
 
 
 def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
-    """The cells of an experiment with checked parameters (see params.py). The hardware models have none."""
+    """The cells of an experiment with checked parameters (see params.py). The hardware models and speed have none."""
     if experiment == "hardware":
         for name in params["accelerators"] or []:
             pick(ACCELERATORS, name, "accelerator")
+        return []
+    if experiment == "speed":
+        for kind, names, registry in (
+            ("model", [*params["models"], *(params["checkpoints"] or {})], MODELS),
+            ("data set", params["datasets"], DATASETS),
+            ("method", params["methods"], METHODS),
+        ):
+            for name in names:
+                pick(registry, name, kind)
         return []
     if experiment == "dse":
         return dse_cells(params)

@@ -146,6 +146,23 @@ class Hardware(Results):
     scatter: Count | None = None
 
 
+class Speed(Results):
+    """Time, measured. On the first question of each data set, with every method.
+
+    models, checkpoints, datasets, methods, device, dtype: as in Experiment. repeats: turns of every method.
+    threads: of the processor, None for torch's own choice.
+    """
+
+    models: Names
+    checkpoints: dict[str, str] | None = None
+    datasets: Names
+    methods: Names
+    repeats: Count = 5
+    threads: Count | None = None
+    device: str
+    dtype: str
+
+
 # notebook → what its parameter files may hold, in the order in which they run
 EXPERIMENTS: dict[str, type[Results]] = {
     "main": Main,
@@ -155,6 +172,7 @@ EXPERIMENTS: dict[str, type[Results]] = {
     "int8": Int8,
     "image": Image,
     "hardware": Hardware,
+    "speed": Speed,
 }
 
 
