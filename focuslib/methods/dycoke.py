@@ -18,6 +18,8 @@ from focuslib.prefill.record import Prefill
 class DyCoke(Method):
     """DyCoke's prefill half (temporal merging), with the published default (k = 70 %).
 
+    The other half, which chooses anew what the KV cache shows while decoding, is not here: methods act on the prefill.
+
     retention: share of its tokens that a compared frame keeps (1 − k): those least like the same place's token in the
     frame that it is compared with. Of four frames the first is whole, the others keep this share; of the last four the
     first and the third are whole. target_sparsity: the share that makes the counted sparsity this; None: retention.
