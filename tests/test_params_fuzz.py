@@ -116,7 +116,7 @@ def change_value(rng: random.Random, text: bytes) -> tuple[bytes, list[str]]:
 
 def read_and_plan(path):
     """Read a file as its kind is read. Returns a function that goes on to make cells of it."""
-    if path.stem == "methods":
+    if path.stem == "methods" and path.parent.name == "params":  # the settings; a profile has a notebook of that name
         methods_file(path)
         return lambda: plan("baselines", "laptop")
     if path.stem == "cost":

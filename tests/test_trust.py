@@ -69,7 +69,7 @@ def test_a_change_of_code_runs_its_cells_again(checkpoint, tmp_path):
     text = kernel.read_text()
     kernel.write_text(text.replace('"""Motion search', '"""A motion search', 1) + "\n# a comment changes no answer\n")
     assert run_copy(package, checkpoint, results) == "ran 0"
-    changed = text.replace("_COARSE, _FINE = 64, 8", "_COARSE, _FINE = 32, 8")
+    changed = text.replace("_COARSE, _FINE = 64, 16", "_COARSE, _FINE = 32, 16")
     assert changed != text
     kernel.write_text(changed)
     assert run_copy(package, checkpoint, results) == "ran 2"
