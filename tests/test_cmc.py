@@ -1,5 +1,7 @@
 """CMC against vectors of the published implementation, and its search against the exhaustive one."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,18 @@ from hypothesis import strategies as st
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.kernels import motion
-from focuslib.kernels.motion import INFORMATIVE, compensate, frame_matches, motion_search, replaced_share, same_position
+from focuslib.kernels import compiled, motion
+from focuslib.kernels.motion import (
+    INFORMATIVE,
+    ZEROED,
+    Compensation,
+    compensate,
+    frame_matches,
+    motion_search,
+    replaced_share,
+    replaced_shares,
+    same_position,
+)
 from focuslib.methods import Cmc
 from focuslib.methods.base import Prefill
 from focuslib.prefill.ops import DecoderShape, cmc_operations, dense_operations
@@ -114,6 +126,51 @@ def test_search_equals_exhaustive_search_on_attention_rows(seed, channels, sprea
     rows = scores.masked_fill(torch.arange(channels) >= seen, -torch.inf).softmax(-1)
     limit = share * torch.cdist(rows[20:], rows[:20], p=1).amin(1).median().item()
     assert torch.equal(motion_search(rows[20:], rows[:20], limit), exhaustive(rows[20:], rows[:20], limit))
+
+
+@pytest.fixture(scope="module")
+def compiled_always():
+    """Compile whatever the size; skipped where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("focuslib.kernels.compiled.LEAST_ENTRIES", 0)
+        patch.setattr("focuslib.kernels.compiled._announced", True)
+        patch.setattr("focuslib.kernels.compiled._broken", False)
+        motion._compiled_distances(torch.ones(3, 4), torch.ones(2, 4))
+        if compiled._broken:
+            pytest.skip("no working compiler")
+        yield
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=searches(), scale=st.sampled_from([1.0, 0.1]), narrow=st.sampled_from([0, 1 << 20]))
+def test_compiled_search_equals_exhaustive_search(compiled_always, case, scale, narrow):
+    """Also where distances are added in another order: ties, near ties, distances at the limit."""
+    tokens, reference, limit, budget, _ = case
+    tokens, reference, limit = tokens * scale, reference * scale, limit * scale
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(motion._CHUNK_BYTES, "cpu", budget)
+        patch.setattr(motion, "_NARROW", narrow)
+        assert torch.equal(motion_search(tokens, reference, limit), exhaustive(tokens, reference, limit))
+
+
+@pytest.mark.parametrize("simplified", [False, True])
+def test_heads_are_searched_and_compensated_each_by_itself(simplified):
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(3, 1, 6, 20, generator=generator) + 0.1 * torch.randn(3, 11, 6, 20, generator=generator)
+    heads = heads.flatten(1, 2)  # [3, 66, 20]; the last interval has no I-frame
+    heads[:, -4:] *= 1e-3
+    options = {"threshold": 0.12, "search": same_position if simplified else motion_search}
+    match = frame_matches(heads, 6, **options)
+    rows = torch.arange(2, 68)
+    x = torch.randn(3, 70, 5, generator=generator)
+    found, before = Compensation(match, rows, 70)(x), x.clone()
+    assert torch.equal(x, before)
+    for head, own, alone in zip(heads, match, x, strict=True):
+        assert torch.equal(frame_matches(head, 6, **options), own)
+        compensate(alone[2:68], own)
+    assert torch.equal(found, x) and (match == ZEROED).any() and (match >= 0).any()
+    assert replaced_shares(match, 6) == [replaced_share(own, 6) for own in match]
 
 
 @settings(max_examples=60, deadline=None)

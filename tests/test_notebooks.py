@@ -1,16 +1,19 @@
 """The notebooks: the teaching one runs, and every experiment's parameters fit its notebook."""
 
+import json
+
 import nbformat
 import papermill
 import pytest
 from tiny_models import untrained_checkpoint
 
-from focuslib.experiments import paper
+from focuslib.experiments import paper, speed
 from focuslib.experiments.paper import plan, study_hardware
 from focuslib.experiments.params import EXPERIMENTS
 from focuslib.experiments.store import read_status
 from focuslib.paths import project_root
 from focuslib.report import notebook as report
+from focuslib.report.speed import speed_table
 
 ROOT = project_root()
 
@@ -71,6 +74,26 @@ def test_the_hardware_notebook_without_and_with_results(tmp_path, monkeypatch):
     study = study_hardware("laptop")
     assert list(study.ours["accelerator"]) == ["dense"]
     assert "focus left out" in read_status(results, "hardware")["text"]
+
+
+def test_the_speed_notebook_measures_anew_and_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "results_folder", lambda name: tmp_path)
+    changes = {
+        "checkpoints": {"tiny_onevision": str(untrained_checkpoint(tmp_path / "checkpoint"))},
+        "datasets": ["tinyvideo_motion", "videomme"], "methods": ["dense", "focus"], "repeats": 1,
+    }  # fmt: skip
+    study = speed.study_speed("laptop", changes)
+    assert [row["method"] for row in study.rows] == ["dense", "focus"]
+    assert len(study.missing) == 1 and study.missing[0].startswith("tiny_onevision on videomme")
+    status = read_status(tmp_path, "speed")
+    assert not status["complete"] and "videomme" in status["text"]
+    first = json.loads((tmp_path / speed.FILE).read_text())
+    assert first["rows"] == json.loads(json.dumps(study.rows)) and first["machine"]["threads"] == 1
+    (tmp_path / speed.FILE).write_text("of another machine")
+    speed.study_speed("laptop", {**changes, "datasets": ["tinyvideo_motion"]})
+    assert read_status(tmp_path, "speed")["complete"]
+    assert list(speed_table(study.rows)["Method"]) == ["dense", "focus"]
+    assert json.loads((tmp_path / speed.FILE).read_text())["rows"][0]["prefill_ms"] > 0
 
 
 def test_committed_notebooks_carry_no_output():

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from focuslib.kernels.semantic import attention_rows, most_important, prompt_importance, tokens_to_keep
+from focuslib.kernels.semantic import (
+    attention_rows,
+    causal_attention,
+    most_important,
+    prompt_importance,
+    tokens_to_keep,
+)
 
 
 def test_two_prunings_equal_published_vectors(golden):
@@ -49,3 +55,21 @@ def test_equal_importance_keeps_the_first():
 )
 def test_tokens_to_keep(total, alpha, left, keep):
     assert tokens_to_keep(total, alpha, left) == keep
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 400, 1100])
+def test_causal_attention_equals_attention_rows(tokens):
+    """The full matrix, taken some rows at a time; into memory that held another before."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(4, tokens, 16, generator=generator), torch.randn(2, tokens, 16, generator=generator)
+    out = torch.full((4, tokens, tokens), 7.0)
+    found = causal_attention(queries, keys, 0.25, out)
+    expected = attention_rows(queries, keys, torch.arange(tokens), 0.25)
+    assert found is out and torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert not found.triu(1).any()
+    weight, gradients = torch.rand(expected.shape, generator=generator), []
+    for full in (causal_attention, lambda q, k, scaling: attention_rows(q, k, torch.arange(tokens), scaling)):
+        q = queries.clone().requires_grad_()
+        (full(q, keys, 0.25) * weight).sum().backward()
+        gradients.append(q.grad)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-5)

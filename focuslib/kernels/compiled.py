@@ -4,11 +4,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 # From this size on, compiling pays: below it the small operations cost less than the seconds a compiled one takes to
 # load. Half a million entries is a tenth of a short video in a model of 7 billion parameters.
@@ -45,7 +45,11 @@ class Compiled:
         self.function = function
         self.static = static or {}
         self.size = size
-        self.compiled = torch.compile(function, dynamic=True)
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The function as torch.compile makes it; made on first use, for the compiler alone takes a second to load."""
+        return torch.compile(self.function, dynamic=True)
 
     def wanted(self, *arguments: Tensor) -> bool:
         """Whether a call with these arguments is run compiled."""
@@ -54,14 +58,17 @@ class Compiled:
     def __call__(self, *arguments: Tensor) -> Any:
         if not self.wanted(*arguments):
             return self.function(*arguments)
+        _announce()
+        compiled = self.compiled
+        from torch._dynamo.exc import TorchDynamoException  # also what the C++ or Triton compiler reports
+
         for number, dimensions in self.static.items():
             for dimension in dimensions:
                 torch._dynamo.mark_static(arguments[number], dimension)
-        _announce()
         try:
             with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS):
-                return self.compiled(*arguments)
-        except TorchDynamoException as error:  # also what the C++ or Triton compiler reports
+                return compiled(*arguments)
+        except TorchDynamoException as error:
             _give_up(error)
             return self.function(*arguments)
 

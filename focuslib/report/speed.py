@@ -52,7 +52,10 @@ def speed_figure(rows: list[dict[str, Any]]) -> Figure | None:
         for marker, row in zip("osD^v<>P", members, strict=False):
             colour = colours[row["method"]]
             face = "none" if row["emulates"] else colour
-            label = f"{row['method']} (emulated)" if row["emulates"] else row["method"]
+            share = ("", " (emulated)", " (partly emulated)")[
+                row["emulates"] + (row["emulates"] and row["drops_tokens"])
+            ]
+            label = f"{row['method']}{share}"
             axis.plot(100 * row["sparsity"], row["over_dense"], marker, color=colour, markerfacecolor=face, label=label)
         axis.set_title(f"{model}\n{dataset}, {members[0]['visual_tokens']} visual tokens", fontsize=9)
         axis.set_xlabel("counted sparsity (%)")
