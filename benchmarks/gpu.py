@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from focuslib.evaluation.journal import write_json
 from focuslib.evaluation.speed import load_measured, machine, measure_speed, methods_for
+from focuslib.files import write_json
 from focuslib.grid import VisualGrid
 from focuslib.kernels.compiled import uncompiled
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate
