@@ -290,15 +290,27 @@ class CoordinateGrid(Grid):
         return torch.tensor([place[0] for place in self.coordinates])
 
     def places(self) -> Tensor:
+        return self._places
+
+    @cached_property
+    def _places(self) -> Tensor:
         numbers: dict[tuple[int, int, int], int] = {}
         return torch.tensor([
             numbers.setdefault((medium, row, column), len(numbers)) for medium, _, row, column in self.coordinates
         ])  # fmt: skip
 
     def above_and_left(self) -> tuple[Tensor, Tensor]:
+        return self._above_and_left
+
+    @cached_property
+    def _above_and_left(self) -> tuple[Tensor, Tensor]:
         return self._back(0, 1, 0), self._back(0, 0, 1)
 
     def inner(self) -> Tensor:
+        return self._inner
+
+    @cached_property
+    def _inner(self) -> Tensor:
         above, left = self.above_and_left()
         first = {}  # of each medium of several frames: its first frame
         for medium, frame, *_ in self.coordinates:

@@ -1,8 +1,8 @@
 """Build every image-text-to-text family of the installed transformers as a tiny random model; try it under the patch.
 
 python tests/scan_families.py [family …] (make scan); the table goes to docs/models/families.md when all are scanned.
-Each family is built in a process of its own with a limit of its memory: its config is shrunk by the names of its
-numbers, and where a name is missed, a default tower would take all there is. Exit status 1 if one is wrong.
+Each family is built (see shrunk_families) in a process of its own with a limit of its memory: where a number's name is
+missed, a default tower would take all there is. Exit status 1 if one is wrong.
 """
 
 import json
@@ -12,15 +12,13 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tiny_families import IMAGE, MARKERS, Asks, decoding_error, prompt, vlm
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
+from shrunk_families import FAMILIES, Tried, tried
+from tiny_families import MARKERS, Asks, decoding_error, longer
 
 from focuslib.errors import UserError
 from focuslib.methods import Dense
@@ -31,21 +29,6 @@ MEMORY, SECONDS = 4 << 30, 120  # of a family: address space beyond what the int
 DROPS = [((0,), (0.6,)), ((1,), (0.5,)), ((2,), (0.4,)), ((0, 1, 2), (0.6, 0.4, 0.2))]
 EXACT, PARTLY, REFUSED, UNBUILT, WRONG = "exact", "exact, in part", "refused", "cannot be built", "WRONG"
 RESULTS = [EXACT, PARTLY, REFUSED, UNBUILT, WRONG]
-# number by the end of its name; the first that fits
-SIZES = {
-    r"num_key_value_heads|num_kv_heads|n_kv_heads|num_query_groups": 2,
-    r"heads|n_head|num_attention_heads": 4,
-    r"experts_per_tok(en)?|top_?k|moe_k": 2,
-    r"num_(local_|routed_)?experts|n_routed_experts": 4,
-    r"n_group|topk_group|first_k_dense_replace": 1,
-    r"(layers|depth|n_layer|num_blocks)": 3,
-    r"head_dim": 8,
-    r"(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size|d_ff|dim_feedforward)": 48,
-    r"vocab_size(_per_layer_input)?": 96,
-    r"(hidden_size|d_model|embed_dim|hidden_dim|_width|(?<!head)_dim|projection_size|lora_rank)": 32,
-}
-LAYER_LISTS = r"(deepstack|fullatt|layer).*(ind|ids|layers)|feature_layers?$"
-KEPT = ("image", "patch", "max_position", "window", "num_channels", "in_channels", "chunk", "position_embedding")
 
 
 def main(names: list[str]) -> int:
@@ -76,106 +59,61 @@ def in_a_process(name: str) -> dict[str, str]:
     status = os.waitpid(child, 0)[1]
     if text:
         return json.loads(text)
-    return {"result": UNBUILT, "layer": "", "why": f"its process ended with {status}: too slow or too large"}
+    return unbuilt(f"its process ended with {status}: too slow or too large")
+
+
+def unbuilt(why: str) -> dict[str, str]:
+    return {"result": UNBUILT, "layer": "", "prompt": "", "why": why}
 
 
 def scan(name: str) -> dict[str, str]:
-    """Build a family and try it. → result, layer (the class), why (a line)."""
-    try:
-        plain = {attention: tried(name, attention) for attention in ("sdpa", "eager")}
-    except Exception as error:  # whatever a family may raise
-        return {"result": UNBUILT, "layer": "", "why": brief(error)}
-    built = {attention: model for attention, model in plain.items() if not isinstance(model, Exception)}
-    if not built:
-        return {"result": UNBUILT, "layer": "", "why": brief(plain["sdpa"])}
-    results = [check(model) for model in built.values()]
-    worst = max(results, key=lambda one: RESULTS.index(one[0]))
-    return {"result": worst[0], "layer": layer_of(next(iter(built.values()))), "why": worst[1]}
-
-
-def tried(name: str, attention: str) -> Any:
-    """A model that runs a prompt of text; else what hinders it."""
-    why: Exception | None = None
-    for sections in (None, [2, 1, 1], [1, 1, 0]):  # parts of a rotary embedding that default to a large head
+    """Build a family and try it. → result, layer (the class), prompt (what it holds), why (a line)."""
+    found, hindrance = [], ""
+    for attention in ("sdpa", "eager"):
         try:
-            torch.manual_seed(0)
-            config = shrunk(CONFIG_MAPPING[name](), sections)
-            if name.endswith("omni_thinker"):  # which its own generate reads
-                config.vision_start_token_id = MARKERS[-1]
-            model = vlm(AutoModelForImageTextToText.from_config(config, attn_implementation=attention))
-            with torch.inference_mode():
-                run(model)
-        except Exception as error:  # whatever a family may raise
-            why = why or error
+            family = tried(name, attention)
+        except UserError as refusal:
+            found.append((REFUSED, brief(refusal), "", ""))
+        except Exception as error:  # whatever a family may raise; some know only one implementation
+            hindrance = hindrance or brief(error)
         else:
-            return model
-    return why
+            found.append((*check(family), layer_of(family.model), "image" if family.image else "text"))
+    if not found:
+        return unbuilt(hindrance)
+    result, why, layer, prompt = max(found, key=lambda one: RESULTS.index(one[0]))
+    return {"result": result, "layer": layer, "prompt": prompt, "why": why}
 
 
-def shrunk(config: Any, sections: list[int] | None) -> Any:
-    """A config whose numbers are small, part by part."""
-    values = shrink(config.to_dict(), iter(range(IMAGE, IMAGE + 6)))
-    text = values.get("text_config", values)
-    if sections and isinstance(text, dict) and isinstance(text.get("rope_parameters"), dict):
-        text["rope_parameters"]["mrope_section"] = sections
-    return type(config).from_dict(values)
-
-
-def shrink(values: dict[str, Any], markers: Iterator[int]) -> dict[str, Any]:
-    small, layers = {}, next((values[key] for key in ("num_hidden_layers", "depth") if key in values), None)
-    for key, value in values.items():
-        if key == "per_layer_config" and isinstance(value, dict):
-            small[key] = {layer: own for layer, own in value.items() if int(layer) < 3}
-        elif isinstance(value, dict) and all(isinstance(name, str) for name in value):
-            small[key] = shrink(value, markers)
-        elif key in ("mrope_section", "xdrope_section") and isinstance(value, list):
-            small[key] = [2, 1, 1] if len(value) == 3 else [1] * len(value)
-        elif isinstance(value, list) and len(value) == layers:
-            small[key] = [value[0], value[-1], value[-1]]
-        elif isinstance(value, list) and re.search(LAYER_LISTS, key):
-            small[key] = list(range(min(len(value), 3)))
-        elif re.search(r"token_(id|index)s?$", key) and type(value) is int and value > 2:
-            small[key] = next(markers, IMAGE)
-        else:
-            small[key] = smaller(key, value)
-    return small
-
-
-def smaller(key: str, value: Any) -> Any:
-    if type(value) is not int or any(word in key for word in KEPT):
-        return value
-    return next((min(size, value) for name, size in SIZES.items() if value > 0 and re.search(f"{name}$", key)), value)
-
-
-def run(model: Any) -> torch.Tensor:
-    return model.model(**prompt(), use_cache=False).logits
+def run(family: Tried) -> torch.Tensor:
+    return family.model.model(**family.inputs, use_cache=False).logits
 
 
 @torch.inference_mode()
-def check(model: Any) -> tuple[str, str]:
+def check(family: Tried) -> tuple[str, str]:
     """What a model does under the patch: result and why."""
-    plain, notes = run(model), []
+    model, plain = family.model, run(family)
     try:
         with Dense()(model):
-            same = torch.equal(run(model), plain)
+            same = torch.equal(run(family), plain)
     except UserError as error:
         return REFUSED, brief(error)
     except Exception as error:
         return WRONG, f"dense fails: {brief(error)}"
     if not same:
         return WRONG, "dense differs"
+    notes = []
     try:
-        own = stock_error(model)
+        own = stock_error(family)
     except Exception as error:
         own = float("inf")
-        notes.append(f"drops are not checked, as the unpatched model does not decode a text: {brief(error)}")
+        notes.append(f"drops are not checked, as the unpatched model does not decode the prompt: {brief(error)}")
     else:
         if own > 2e-5:
             notes.append("drops are not checked: the unpatched model's cached decoding is not its recomputation")
     for what, error_of, allowed in (
-        ("attention rows", lambda: asked_error(model, plain), 1e-5),
+        ("attention rows", lambda: asked_error(family, plain), 1e-5),
         *((f"drops in layers {layers}", lambda layers=layers, shares=shares: decoding_error(
-            model, prompt(), layers, shares), 2e-5) for layers, shares in (DROPS if own <= 2e-5 else [])),
+            model, family.inputs, layers, shares), 2e-5) for layers, shares in (DROPS if own <= 2e-5 else [])),
     ):  # fmt: skip
         try:
             error = error_of()
@@ -189,19 +127,20 @@ def check(model: Any) -> tuple[str, str]:
     return (PARTLY, "; ".join(dict.fromkeys(notes))) if notes else (EXACT, "")
 
 
-def asked_error(model: Any, plain: torch.Tensor) -> float:
-    with Asks()(model):
-        return float((run(model) - plain).abs().max())
+def asked_error(family: Tried, plain: torch.Tensor) -> float:
+    with Asks()(family.model):
+        return float((run(family) - plain).abs().max())
 
 
-def stock_error(model: Any) -> float:
+def stock_error(family: Tried) -> float:
     """How far the unpatched model's cached decoding is from its own recomputation: a prompt may attend both ways."""
-    inputs = prompt()
-    answer = model.model.generate(
+    model, inputs = family.model.model, family.inputs
+    answer = model.generate(
         **inputs, do_sample=False, max_new_tokens=3, suppress_tokens=MARKERS, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
-    again = model.model(input_ids=answer.sequences[:, :-1], use_cache=False).logits[0, -3:]
+    new = answer.sequences[:, inputs["input_ids"].shape[1] : -1]
+    again = model(**longer(inputs, new), use_cache=False).logits[0, -3:]
     return float((again - torch.cat(answer.logits)).abs().max())
 
 
@@ -229,19 +168,20 @@ def page(found: dict[str, dict[str, str]]) -> str:
         f"{transformers.__version__} as a tiny random model, its decoder tried under the patch with sdpa and eager",
         "attention: dense bit-equal to the unpatched model, a method that asks for every attention matrix and changes",
         "none within 1e-5, and cached decoding of 16 tokens equal to recomputation within 2e-5 with drops at layers 0,",
-        "1 and 2, and at all three. The prompts are text: the decoder is what the patch touches. What a refused one",
-        "says is what a user reads; a family that cannot be built here, from a config shrunk by rule, is checked at",
-        "its first prefill, as all are. `make scan` makes this page.",
+        "1 and 2, and at all three. The prompt has an image in its middle where the rules find what the family's",
+        "tower takes; else it is text, of which a part is called visual: the decoder is what the patch touches. What a",
+        "refused one says is what a user reads; a family that cannot be built here, from a config shrunk by rule, is",
+        "checked at its first prefill, as all are. `make scan` makes this page.",
         "",
         f"{count[EXACT]} exact, {count[PARTLY]} exact in part, {count[REFUSED]} refused, {count[UNBUILT]} not built, "
         f"{count[WRONG]} wrong.",
         "",
-        "| Family | Decoder layer | Result | Why |",
-        "|---|---|---|---|",
+        "| Family | Decoder layer | Prompt | Result | Why |",
+        "|---|---|---|---|---|",
     ]
     for name, one in sorted(found.items(), key=lambda item: (RESULTS.index(item[1]["result"]), item[0])):
         why = one["why"].replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{name}` | {one['layer']} | {one['result']} | {why} |")
+        lines.append(f"| `{name}` | {one['layer']} | {one['prompt']} | {one['result']} | {why} |")
     return "\n".join(lines) + "\n"
 
 

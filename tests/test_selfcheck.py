@@ -3,16 +3,20 @@
 import copy
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from shrunk_families import tried
 from tiny_families import (
     GRID,
+    MARKERS,
     TOKENS,
     Asks,
     decoding_error,
     family,
     gemma4,
+    longer,
     paligemma,
     pi0,
     prompt,
@@ -25,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 
 from focuslib.errors import UserError
-from focuslib.methods import Dense, Focus
+from focuslib.methods import Adaptiv, Cmc, Dense, FastV, FewerPixels, Focus, FrameFusion, Random
 from focuslib.prefill.decoder import find_decoder
 
 torch.set_num_threads(1)
@@ -344,3 +348,94 @@ def test_what_cannot_follow_a_drop_is_refused():
     with pytest.raises(UserError, match="maskless attention cannot hide padding") as error, EverySecond()(windowed):
         run(windowed)
     one_line(error)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["granite4_vision", "idefics"])
+def test_what_a_decoder_does_between_its_layers_is_refused_after_a_drop(name, attention):
+    family = tried(name, attention)  # features, and cross-attention, in the loop over the layers
+    model, inputs = family.model, family.inputs
+    with torch.inference_mode():
+        plain = model.model(**inputs, use_cache=False).logits
+        with Dense()(model):
+            assert torch.equal(model.model(**inputs, use_cache=False).logits, plain)
+        with pytest.raises(UserError, match="changes hidden states before its layer 1"):
+            decoding_error(model, inputs, (0,), (0.6,), steps=1)
+        last = 2 if name == "idefics" else 1
+        assert decoding_error(model, inputs, (last,), (0.6,), steps=4) < 2e-5
+
+
+def test_a_change_between_layers_that_no_shape_betrays_is_found():
+    model = family("llama", "sdpa")
+
+    def nudge(layer, args):
+        args[0][:, 5:8] += 1.0  # these tokens of the whole prompt, in place
+
+    hook = model.model.model.layers[2].register_forward_pre_hook(nudge)
+    settings = {"retention": (0.5,), "vector_size": 8, "m_tile": 64}
+    early = Focus(selected_layers=(0,), **settings)
+    with torch.inference_mode(), early(model), pytest.raises(UserError, match="before its layer 2"):
+        model.model(**prompt(), use_cache=False)
+    with torch.inference_mode(), Focus(selected_layers=(2,), **settings)(model):
+        model.model(**prompt(), use_cache=False)
+    hook.remove()
+    with torch.inference_mode(), early(model):
+        model.model(**prompt(), use_cache=False)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "qwen3_vl"])
+def test_decoding_by_hand_is_that_of_generate(name):
+    model, inputs = (family("llama", "sdpa"), prompt()) if name == "llama" else qwen3_vl("sdpa")
+    with EverySecond()(model):
+        settings = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": MARKERS}
+        answer = model.model.generate(**inputs, **settings, output_logits=True, return_dict_in_generate=True)
+        new = answer.sequences[:, inputs["input_ids"].shape[1] :]
+        out = model.model(**inputs, use_cache=True)
+        for step, expected in enumerate(answer.logits):
+            torch.testing.assert_close(out.logits[0, -1], expected[0], rtol=0, atol=1e-6)
+            whole = model.model(**longer(inputs, new[:, :step]), use_cache=False)
+            torch.testing.assert_close(whole.logits[0, -1], expected[0], rtol=0, atol=2e-5)
+            past = copy.deepcopy(out.past_key_values)
+            out = model.model(input_ids=new[:, step : step + 1], past_key_values=past, use_cache=True)
+            assert past.get_seq_length() == inputs["input_ids"].shape[1] + step + 1
+
+
+def test_labels_and_chunks_are_refused_in_one_line():
+    model, inputs = family("llama", "sdpa"), prompt()
+    settings = {"selected_layers": (0,), "retention": (0.5,), "vector_size": 8, "m_tile": 64}
+    with Dense()(model), torch.no_grad():
+        assert model.model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
+    with Focus(**settings)(model), pytest.raises(UserError, match="focus: labels are for every token of the prompt"):
+        model.model(**inputs, labels=inputs["input_ids"])
+    with Focus(**settings)(model), pytest.raises(UserError, match=r"one forward pass \(no prefill_chunk_size"):
+        model.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
+
+
+GRADIENTS = [
+    Asks(), Focus(selected_layers=(0, 1), retention=(0.6, 0.4), similarity_threshold=0.1, vector_size=8, m_tile=64),
+    FrameFusion(cost=0.5), Adaptiv(threshold=0.3), Cmc(linear_threshold=0.7, interval=3, i_frame=1),
+    FastV(), Random(), FewerPixels(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", GRADIENTS, ids=lambda method: type(method).__name__.lower())
+def test_gradients_flow_through_a_method(method):
+    """They are those of the same prefill with a step along them: the choices that a method makes stay as they are."""
+    model = family("llama", "sdpa").model.double()
+    vlm = SimpleNamespace(model=model, grid=GRID)
+    weight = model.model.layers[0].mlp.down_proj.weight
+
+    def loss() -> torch.Tensor:
+        with method(vlm):
+            return model(**prompt(), use_cache=False).logits.pow(2).mean()
+
+    loss().backward()
+    gradient = weight.grad.clone()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * 1e-5 * gradient / gradient.norm()
+            ends.append(loss())
+            weight -= sign * 1e-5 * gradient / gradient.norm()
+    assert float((ends[0] - ends[1]) / 2e-5) == pytest.approx(float(gradient.norm()), rel=1e-2)

@@ -35,7 +35,7 @@ TEXT = {
 GRID = VisualGrid(4, 24, 2, 3, 4, 12, 4)
 TOKENS = 40
 IMAGE = 90
-MARKERS = [90, 91, 92, 93]
+MARKERS = list(range(90, 96))  # the vocabulary ends here
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,21 @@ def decoding_error(vlm, inputs: dict, layers: tuple, retention: tuple, steps: in
     assert len(run.last.kept[layers[-1]]) < run.last.grid.length
     new, worst = answer.sequences[:, inputs["input_ids"].shape[1] :], 0.0
     for step in range(steps):
-        longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new[:, :step]], 1)}
-        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-            if name in inputs:
-                value = int(name == "attention_mask")
-                longer[name] = torch.nn.functional.pad(inputs[name], (0, step), value=value)
         with Replay(**settings, kept=run.last.kept)(vlm):
-            logits = vlm.model(**longer, use_cache=False).logits[0, -1]
+            logits = vlm.model(**longer(inputs, new[:, :step]), use_cache=False).logits[0, -1]
         worst = max(worst, float((logits - answer.logits[step][0]).abs().max()))
     return worst
+
+
+def longer(inputs: dict, new: torch.Tensor) -> dict:
+    """The inputs of a prompt with new tokens [1, N] after it."""
+    more = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new], 1)}
+    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            more[name] = torch.nn.functional.pad(inputs[name], (0, new.shape[1]), value=int(name == "attention_mask"))
+    if (seen := inputs.get("image_attention_mask")) is not None:  # which images each token attends to
+        more["image_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, new.shape[1], -1)], 1)
+    return more
 
 
 def qwen3_vl(attention: str) -> tuple[SimpleNamespace, dict]:

@@ -202,6 +202,8 @@ def compare(
     task: of.Tasks,
     model: of.Model = "tiny_onevision",
     checkpoint: of.Checkpoint = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
     device: of.Device = "cpu",
     dtype: of.Dtype = "auto",
     methods: Annotated[
@@ -224,7 +226,10 @@ def compare(
     from focuslib.experiments.runner import run_cells
     from focuslib.report.methods import methods_average, methods_table, write_methods, write_page
 
-    common = {"model": model, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed}
+    common = {
+        "model": model, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed,
+        "frames": frames, "fps": fps,
+    }  # fmt: skip
     pairs = [{"dataset": dataset, **common} for dataset in task]
     cells = compared_cells(pairs, methods or ["all"], sparsity or [0.75], limit)
     outcome = run_cells("compare", cells, out, workers=workers)

@@ -243,13 +243,17 @@ def run_view(
     step(0, "reading the clip")
     layers = vlm.model.config.get_text_config().num_hidden_layers
     answers = {}
+    opened = [vlm.clip(one) for one in media] if isinstance(media, (list, tuple)) else vlm.clip(media)
+    inputs: Inputs | None = None
 
     def run(used: Method, first: float, last: float) -> tuple[str, Recorder, Run, Inputs]:
+        nonlocal inputs
         seen = Recorder(used, used if isinstance(used, Focus) else probe, lambda layer: step(
             first + (last - first) * layer / layers, f"{used.name}: layer {layer + 1} of {layers}"
         ))  # fmt: skip
         with install(seen, vlm) as live:
-            inputs = vlm.prepare(media, question)  # inside, for methods that watch the vision tower
+            if inputs is None or used.watched_layer is not None:  # which watches the tower at work
+                inputs = vlm.prepare(opened, question)
             ids = vlm.generate_ids(inputs, max_new_tokens, streamer=_Steps(check))
         return vlm.decode(ids), seen, live, inputs
 
@@ -257,7 +261,7 @@ def run_view(
         answers["dense"] = run(Dense(), 0.05, 0.5)[0] if dense_answer is None else dense_answer
     answers[method.name], seen, live, inputs = run(method, 0.5, 0.98)
     recording, record = seen.recording(), live.last
-    frames, layout = vlm.drawing(media, inputs)
+    frames, layout = vlm.drawing(opened, inputs)
     dense = dense_operations(record.shape, record.grid.length)
     notes = estimates(method, record)
     if not recording.applied:

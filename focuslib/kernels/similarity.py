@@ -59,7 +59,7 @@ def concentrate(
 ) -> Concentrated:
     """Concentrate similar vectors of neighbouring visual tokens.
 
-    x: [T, D] float32, bfloat16 or float16: the visual tokens still present, in sequence order.
+    x: [T, D] float64, float32, bfloat16 or float16: the visual tokens still present, in sequence order.
     positions: [T] int64, ascending: each token's number p among the original visual tokens (0 … S − 1).
     threshold: a vector is similar if its best cosine similarity is strictly above this; not negative.
     m_tile: tokens a GEMM tile; tokens of different tiles are never compared. None or −1: one tile.
@@ -77,8 +77,9 @@ def concentrate(
         values = x.clone(memory_format=torch.contiguous_format)
     split = values.view(tokens, vectors, vector_size)
 
-    lanes = _lanes_before_vectors(split)
-    norm = torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32)  # [T, V]
+    lanes = _lanes_before_vectors(split.detach())  # which vectors are similar has no gradient; what they become has
+    narrow = split.detach() if split.dtype != torch.float64 else split.detach().float()
+    norm = torch.linalg.vector_norm(narrow, dim=-1, dtype=torch.float32)  # [T, V]
     full = bool(norm.all())
     if rows is None or not full:
         rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
@@ -225,14 +226,16 @@ def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor, settled: b
     count = root.shape[1]
     numbers = torch.add(torch.arange(count, device=root.device), root, alpha=count).flatten()  # [T·V]
     leaders = numbers.index_select(0, followers)  # [K]
-    total = vectors if settled and vectors.dtype == torch.float32 else vectors.to(torch.float32, copy=True)
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    total = vectors if settled and vectors.dtype == wide else vectors.to(wide, copy=True)
     if not settled:
         total.index_fill_(0, followers, 0)
     pieces = list(_pieces(followers, leaders))
     for members, into in pieces:
         _add_rows(total, into, vectors.index_select(0, members))
     size = torch.bincount(leaders, minlength=total.shape[0]) + ~similar.flatten()  # [T·V]
-    total.div_(size[:, None])  # a follower that leads no one has no size, and no use of what it becomes here
+    # a follower that leads no one has no size, and no use of what it becomes here; a gradient would be 0 / 0
+    total.div_(size.clamp_(min=1)[:, None])
     if total is not vectors:
         vectors.copy_(total)
     for members, source in pieces:

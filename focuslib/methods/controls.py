@@ -66,7 +66,7 @@ class Random(Control):
             raise UserError(f"method random: seed is {self.seed}; it must not be negative")
 
     def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
-        content = hidden[prefill.visual][0].float().cpu().numpy().tobytes()
+        content = hidden[prefill.visual][0].detach().float().cpu().numpy().tobytes()
         return drawn(len(prefill.present), keep, zlib.crc32(content, self.seed))
 
 

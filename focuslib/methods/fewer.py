@@ -61,17 +61,17 @@ class FewerPixels(Control):
             return hidden, None
         x = hidden[prefill.visual]
         keep, blank = self.keep(prefill), newlines(x, prefill.grid)
-        x, first, used, numbers = x.clone(), 0, 0, []
+        before, x, first, used, numbers = x, x.clone(), 0, 0, []
         shapes = frame_shapes(self.name, prefill.grid)
         for done, (rows, columns) in enumerate(shapes, 1):
             size, separator = rows * columns, int(blank[first + columns - 1])
             grid = nearest_grid(rows, columns - separator, separator, round(keep * done / len(shapes)) - used)
-            frame = x[first : first + size].view(rows, columns, -1)
+            frame, seen = (whole[first : first + size].view(rows, columns, -1) for whole in (x, before))
             number = first + torch.arange(size, device=x.device).view(rows, columns)
             place = [
                 evenly_spaced(side, n).to(x.device) for side, n in zip((rows, columns - separator), grid, strict=True)
             ]
-            pooled = F.adaptive_avg_pool2d(frame[:, : columns - separator].permute(2, 0, 1).float(), grid)
+            pooled = F.adaptive_avg_pool2d(seen[:, : columns - separator].permute(2, 0, 1).float(), grid)
             frame[place[0][:, None], place[1]] = pooled.permute(1, 2, 0).to(x.dtype)
             kept = number[place[0]]
             numbers.append(torch.cat([kept[:, place[1]], kept[:, columns - separator :]], 1).flatten())

@@ -91,8 +91,6 @@ class Focus(Method):
             codes = x.new_full((len(prefill.present), vectors), ITSELF, dtype=torch.uint8)
             prefill.record_site(layer, site, codes, geometry)
             return x
-        if x.requires_grad:
-            x = x.clone()  # autograd may need what it was computed from
         visual = x[prefill.visual]
         merged = concentrate(
             visual,

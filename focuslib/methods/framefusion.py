@@ -124,8 +124,8 @@ class FrameFusion(Method):
             progress.merging_done = share < self.ratio_lower_bound
         first = run_starts(before, merged)
         progress.root = _follow(progress.root, prefill.present, first)
-        hidden = hidden.clone()
-        hidden[visual] = run_means(hidden[visual], first)
+        means, hidden = run_means(hidden[visual], first), hidden.clone()
+        hidden[visual] = means
         return hidden, torch.nonzero(~merged).squeeze(1)
 
 

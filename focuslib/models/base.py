@@ -135,9 +135,9 @@ class VLM:
         if quantization in ("int8", "int8_llm"):
             keep = cls.kept_modules(architecture) if quantization == "int8_llm" else ()
             config = int8_config((cls.output_head, *keep))
+        tokenizer = cls.load_tokenizer(folder)  # before the weights, which take minutes
         model = load_model(folder, architecture, dtype=dtype, device=device, device_map=device_map, quantization=config)
-        chosen = (sampling or cls.default_sampling).changed(frames, fps)
-        vlm = cls(model, cls.load_tokenizer(folder), chosen)
+        vlm = cls(model, tokenizer, (sampling or cls.default_sampling).changed(frames, fps))
         vlm.folder, vlm.quantization = folder, str(quantization) if quantization else None
         return vlm
 

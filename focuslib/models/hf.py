@@ -21,7 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerBase,
+    PreTrainedModel,
 )
 from transformers.video_utils import VideoMetadata
 
@@ -50,20 +50,19 @@ class HfVLM(VLM):
     several_media = True
     checkpoint = ""  # there is no published one
     default_sampling = FrameSampling(max_frames=32, per_second=2)
-    processor: Any = None
+
+    def __init__(self, model: PreTrainedModel, processor: Any, sampling: FrameSampling):
+        super().__init__(model, processor.tokenizer, sampling)
+        self.processor = processor
 
     @classmethod
     def load(cls, pretrained: str | Path | None = None, *, label: str | None = None, **settings: Any) -> HfVLM:
         """As VLM.load. label: what tables call the checkpoint; None: its short name."""
         if not pretrained:
             raise UserError(f"{cls.name}: name a checkpoint, a folder or hub id such as Qwen/Qwen3-VL-8B-Instruct")
-        folder = resolve_folder(pretrained)
-        cls.architecture(folder, read_json(folder / "config.json"))  # what it says first is clearest
-        processor = load_processor(folder)
-        vlm = super().load(folder, **settings)
+        vlm = super().load(pretrained, **settings)
         assert isinstance(vlm, HfVLM)
         vlm.name = label or label_of(pretrained)
-        vlm.processor, vlm.tokenizer = processor, processor.tokenizer
         return vlm
 
     @classmethod
@@ -73,8 +72,8 @@ class HfVLM(VLM):
         architecture, processor = cls.architecture(folder, read_json(folder / "config.json")), load_processor(folder)
         with torch.device("meta"):
             model = architecture.model_class(architecture.config)
-        vlm = cls(model, processor.tokenizer, cls.default_sampling.changed(**sampling))
-        vlm.name, vlm.processor = label_of(pretrained), processor
+        vlm = cls(model, processor, cls.default_sampling.changed(**sampling))
+        vlm.name = label_of(pretrained)
         return vlm
 
     @classmethod
@@ -106,9 +105,9 @@ class HfVLM(VLM):
         return tuple(name for name, module in children.items() if decoder.isdisjoint(module.modules()))
 
     @classmethod
-    def load_tokenizer(cls, folder: Path) -> PreTrainedTokenizerBase | None:
-        """None: the processor brings it."""
-        return None
+    def load_tokenizer(cls, folder: Path) -> Any:
+        """The processor, which brings the tokenizer."""
+        return load_processor(folder)
 
     def prepare(self, media: Media | Sequence[Media] | None, prompt: Prompt) -> Inputs:
         """Inputs for a prompt about any number of images and videos.

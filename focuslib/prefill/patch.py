@@ -25,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
 from focuslib.kernels.semantic import attention_rows, causal_attention
+from focuslib.prefill.between import Between
+from focuslib.prefill.cache import follow
 from focuslib.prefill.decoder import decoder_shape, find_decoder
 from focuslib.prefill.handover import grid_of
 from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
@@ -72,6 +74,8 @@ class _Patch:
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
         self.reached = False
+        self.labels = False
+        self.between = Between(decoder)
         self.tower: Tower | None = None
         self.looking = False  # whether a layer's queries and keys are wanted, and nothing else of it
         self.implementation: str = decoder.config._attn_implementation
@@ -96,6 +100,7 @@ class _Patch:
         if self.method.watched_layer is not None:
             self.tower = watch(self.vlm.model, self.decoder, self.method.watched_layer, undo)
         hooks = [
+            self.vlm.model.register_forward_pre_hook(self._asked, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave),
         ]
@@ -105,6 +110,7 @@ class _Patch:
                 hooks.append(linear.register_forward_pre_hook(_SiteHook(self, index, site)))
         for hook in hooks:
             undo.callback(hook.remove)
+        _replace_forward(self.decoder, lambda own: self.between.guarded(own, lambda: self.prefill), undo)
         if hasattr(self.decoder, "_deepstack_process"):  # Qwen3-VL adds visual features after the first layers
             own = self.decoder._deepstack_process
             undo.callback(delattr, self.decoder, "_deepstack_process")
@@ -125,7 +131,8 @@ class _Patch:
             if id(config) not in copies:
                 copies[id(config)] = copy.copy(config)
                 copies[id(config)]._attn_implementation_internal = name
-        for module in self.decoder.modules():
+        # not the attention that a decoder may have beside its layers (Idefics), which is none of a method's
+        for module in (self.decoder, *self.decoder.layers.modules()):
             config = vars(module).get("config")
             if id(config) in copies:
                 self.configs.append((module, config))
@@ -143,9 +150,14 @@ class _Patch:
                     module.config = config
             yield
 
+    def _asked(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the model runs: whether it is to compare its logits with labels, one a token of the whole prompt."""
+        self.labels = kwargs.get("labels") is not None
+
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the decoder runs: decide whether this is a prefill, and begin it."""
         self.prefill = self.origins = None
+        self.between.begin()
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             ids = kwargs.get("input_ids", args[0] if args else None)
@@ -167,11 +179,17 @@ class _Patch:
             )
         if seen:
             raise UserError(
-                f"method {self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward pass"
+                f"method {self.method.name}: {tokens} tokens after a filled cache; the prompt must be one forward "
+                "pass, and an answer is decoded token by token"
             )
         grid = grid_of(self.vlm)
-        if grid is None or grid.stop > tokens:
+        if grid is None:
             raise UserError(f"method {self.method.name}: the prompt has no visual tokens; give a video or an image")
+        if grid.stop > tokens:
+            raise UserError(
+                f"method {self.method.name}: {tokens} tokens, but the prompt's visual ones end at {grid.stop}; the "
+                "prompt must be one forward pass (no prefill_chunk_size), its grid that of its own inputs"
+            )
         self.prefill = Prefill(grid, self.shape, tokens, embeds.device, self.trace)
         if has_axes(self.decoder):
             self.prefill.renumbering = None
@@ -183,7 +201,7 @@ class _Patch:
         """Before a decoding step: where its cache's entries come from, if some of the prompt are missing."""
         origins = getattr(past, "focuslib_origins", None)
         if origins is not None and origins.dropped:
-            origins.now = origins.length + seen - origins.entries(0)
+            origins.now = seen
             self.origins = origins
 
     def _leave(self, module: nn.Module, args: tuple, output) -> None:
@@ -197,14 +215,19 @@ class _Patch:
         """Let the method rewrite x [1, T, C] at a linear site."""
         if self.prefill is None:
             return x
-        return self.method.at_site(self.prefill, layer, site, x[0])[None]
+        return self.method.at_site(self.prefill, layer, site, _own(x[0]))[None]
 
     def drop(self, event, layer: int, hidden: Tensor) -> Tensor:
         """Let the method rewrite and drop rows of hidden [1, T, D]."""
         if self.prefill is None:
             return hidden
-        hidden, rows = event(self.prefill, layer, hidden[0])
+        hidden, rows = event(self.prefill, layer, _own(hidden[0]))
         if rows is not None:
+            if self.labels:
+                raise UserError(
+                    f"{self.method.name}: labels are for every token of the prompt, of which this method drops some; "
+                    "run the model without labels, and take the loss of the logits that are left"
+                )
             self.prefill.drop(layer, rows)
             hidden = hidden[rows]
         return hidden[None]
@@ -232,7 +255,10 @@ class _Patch:
         """The decoder's own addition of visual features, to the tokens that are left."""
         if self.prefill is not None and self.prefill.kept is not None:
             masks, embeds = kept_deepstack(masks, embeds, self.prefill.kept)
-        return own(hidden, masks, embeds)
+        hidden = own(hidden, masks, embeds)
+        if self.prefill is not None:
+            self.between.follow(len(self.prefill.record.retained), hidden)
+        return hidden
 
     def _rows_mask(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
         """The mask for attention rows that are computed beside the model, [1 or H, T, T]; None: causal."""
@@ -259,7 +285,7 @@ class _Patch:
             else:
                 matrices = attention_rows(q[some], k[kv], rows, scaling, mask if len(mask) == 1 else mask[some])
             for head, matrix in enumerate(matrices, first):
-                probabilities = self.method.on_probabilities(prefill, layer, head, matrix)
+                probabilities = self.method.on_probabilities(prefill, layer, head, _own(matrix))
                 out[0, :, head] = probabilities.to(v.dtype) @ v[head // group]
         return out
 
@@ -284,10 +310,15 @@ class _LayerForward:
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         kwargs.update(zip(self.names, args, strict=False))
-        if self.patch.prefill is not None and not self.checked:
-            self._check(self.patch.prefill, hidden_states, kwargs)
-            self.checked = True
-        return self._forward(hidden_states, **kwargs)
+        patch = self.patch
+        with patch.between.layer(self.index, hidden_states, patch.prefill):
+            if patch.prefill is not None and not self.checked:
+                self._check(patch.prefill, hidden_states, kwargs)
+                self.checked = True
+            hidden = self._forward(hidden_states, **kwargs)
+        if patch.prefill is not None:
+            patch.between.follow(self.index + 1, hidden)
+        return hidden
 
     def _forward(self, hidden_states: Tensor, attention_mask=None, position_ids=None, past_key_values=None,
                  position_embeddings=None, **kwargs) -> Tensor:  # fmt: skip
@@ -372,7 +403,7 @@ class _LayerForward:
             return
         if self.index == 0:
             prefill.origins.padding = padding_of(mask)
-            past.focuslib_origins = prefill.origins
+            follow(past, prefill.origins)
         prefill.origins.kept.append(prefill.kept)
         prefill.origins.shifts.append(prefill.shift)
 
@@ -403,6 +434,11 @@ class _SiteHook:
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         return (self.patch.site(self.layer, self.site, args[0]), *args[1:])
+
+
+def _own(x: Tensor) -> Tensor:
+    """What a method may overwrite: autograd may need what x was computed from."""
+    return x.clone() if x.requires_grad else x
 
 
 def _kept_rows(name: str, value, kept: Tensor):
