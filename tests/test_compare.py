@@ -114,3 +114,16 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "uniform" in said and "random+focus" in said
     assert (tmp_path / "out" / "compare.html").is_file() and (tmp_path / "out" / "methods.csv").is_file()
+
+
+def test_the_command_takes_the_frames_of_a_video(monkeypatch):
+    taken = []
+
+    def stop(pairs, *_):
+        taken.extend(pairs)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("focuslib.experiments.compare.compared_cells", stop)
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--task", "tinyvideo_motion", "--frames", "4", "--fps", "0.5"])
+    assert [(pair["frames"], pair["fps"]) for pair in taken] == [(4, 0.5)]

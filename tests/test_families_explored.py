@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 from test_families import loaded, picture, video
 
+from focuslib import cli
 from focuslib.explore.view import ViewData, run_view, trace_view
+from focuslib.hardware.traces import read_counts
 from focuslib.kernels.similarity import ITSELF, ZERO
 from focuslib.methods import Cmc, Focus
 from focuslib.models.layout import grid_layout
+from focuslib.prefill.ops import SITES
+from focuslib.prefill.trace import Trace
 
 torch.set_num_threads(1)
 FOCUS = Focus(selected_layers=(0, 2), retention=(0.6, 0.3), similarity_threshold=0.5, vector_size=8, m_tile=64)
@@ -28,6 +32,7 @@ def test_a_video_of_several_runs(family_checkpoint, tmp_path):
     vlm, frames = loaded(family_checkpoint("qwen3_vl")), video(6)
     data = run_view(vlm, frames, "What moves?", FOCUS, FOCUS, max_new_tokens=2)
     header, _ = header_of(data)
+    assert header["names"] == []
     assert "neighbours" not in header and header["pictures"]["count"] == 3
     assert np.array_equal(data.frames, frames[::2])  # two frames a token
     assert data.layout.frame.tolist() == [0] * 16 + [1] * 16 + [2] * 16
@@ -52,6 +57,8 @@ def test_several_media_on_sheets_of_one_size(family_checkpoint, tmp_path, method
     np.testing.assert_allclose([tall[:, 0].min(), tall[:, 1].min()], [0.375, 0], atol=1e-6)
     np.testing.assert_allclose(tall[:, 2:] * 2, np.tile([0.25, 1], (4, 1)), atol=1e-6)
     header, arrays = header_of(data)
+    parts = [f"image {image}, part {part}" for image in (1, 2) for part in (1, 2)]  # the tiles, and the whole
+    assert header["names"] == [*(f"video 1, frame {number}" for number in range(1, 5)), *parts]
     table = header["neighbours"]
     count, tokens = table["shape"]
     near = np.frombuffer(arrays, "<i4", count * tokens, table["at"]).reshape(count, tokens)
@@ -79,3 +86,34 @@ def test_a_trace_of_tiles_is_drawn_without_its_model(family_checkpoint, tmp_path
     data.pack()
     sheets, _ = vlm.drawing(picture(96, 96), inputs)
     assert np.array_equal(sheets[0], np.asarray(Image.fromarray(sheets[1])))
+
+
+@pytest.mark.parametrize(
+    "name, media",
+    [
+        ("qwen3_vl", [video(4), picture(), video(6, seed=1), picture(40, 64, 2), picture(48, 48, 3)]),
+        ("smolvlm", [picture(96, 96)]),
+        ("video_llama_3", [np.repeat(video(1), 4, 0)]),  # a still: its later frames are compressed away
+        ("internvl", [video(6)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_export_of_every_grid(family_checkpoint, tmp_path, capsys, name, media):
+    vlm = loaded(family_checkpoint(name))
+    with FOCUS(vlm, trace=True) as run:
+        vlm.prefill(vlm.prepare(media, "What moves?"))
+    trace, grid = run.trace, run.last.grid
+    trace.save(tmp_path / "a.trace")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(tmp_path / "a.trace"), str(tmp_path / "a.pth")])
+    assert ended.value.code == 0 and "a.pth" in capsys.readouterr().out
+    stored = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert read_counts(tmp_path / "a.pth")[0].layers == run.last.counts.layers
+    medium = grid.medium_of()
+    assert torch.equal(Trace.load(tmp_path / "a.trace").medium, medium)
+    for site in SITES:
+        similar, group = stored["mask_similar"][site][:, 0], stored["group_idx"][site][:, 0].long()
+        assert group.shape[1] == grid.length
+        group //= group.shape[2]  # of vectors, to tokens
+        _, token, _ = similar.nonzero(as_tuple=True)
+        assert torch.equal(medium[group[similar]], medium[token])  # led by a token of the same medium

@@ -61,7 +61,10 @@ def _frame(figure: Figure, axis, data: ViewData, frame: int, layer: int, site: s
         )
     figure.colorbar(cells, ax=axis, label=label, shrink=0.8)
     axis.set(xlim=(0, max(width, (left + wide).max())), ylim=(max(height, (top + tall).max()), 0), xticks=[], yticks=[])
-    axis.set_title(f"frame {frame + 1} of {layout.num_frames}, {site}, layer {layer} (hatched: dropped)", fontsize=8)
+    name = f": {layout.names[frame]}" if layout.names else ""
+    axis.set_title(
+        f"frame {frame + 1} of {layout.num_frames}{name}, {site}, layer {layer} (hatched: dropped)", fontsize=8
+    )
 
 
 def _layers(axis, data: ViewData, threshold: float | None) -> None:

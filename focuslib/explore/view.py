@@ -100,6 +100,7 @@ class ViewData:
             "panel": arrays.add(self.layout.panel),
             "box": arrays.add(self.layout.box),
             "panels": self.layout.panels,
+            "names": self.layout.names,
             "pictures": self._pictures(arrays),
         }
         if recording.neighbours is not None:
@@ -135,6 +136,7 @@ class ViewData:
             **{name: getattr(recording, name) for name in _RECORDING_WORDS},
             "grid": recording.grid.to_dict(),
             "panels": self.layout.panels,
+            "names": self.layout.names,
             "vectors": {site: view.vectors for site, view in recording.sites.items()},
             "links": self.links and {"title": self.links.title, "kinds": self.links.kinds},
         }
@@ -158,7 +160,8 @@ class ViewData:
         }
         words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
         recording = Recording(grid_from_dict(text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
-        layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=tuple(text["panels"]))
+        names = {name: tuple(text.get(name, ())) for name in ("panels", "names")}
+        layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), **names)
         links = text["links"] and Links(
             text["links"]["title"], tuple(text["links"]["kinds"]), arrays["links.target"], arrays["links.kind"]
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from focuslib.errors import InputError, UserError
 from focuslib.grid import Grid
 from focuslib.models.base import VLM, Inputs, Media, Prompt
 from focuslib.models.checkpoint import Architecture, read_json, resolve_folder
-from focuslib.models.layout import TokenLayout, fitted, grid_layout
+from focuslib.models.layout import TokenLayout, fitted, frame_names, grid_layout
 from focuslib.models.media import Clip, FrameSampling
 from focuslib.models.placeholders import Shown, grid_of, runs_of
 from focuslib.prefill.decoder import find_decoder
@@ -137,7 +138,8 @@ class HfVLM(VLM):
             medium = opened[owner]
             seen = medium.frames if isinstance(medium, Clip) else np.asarray(medium)[None]
             pictures += [seen[frame * len(seen) // len(frames)] for frame in range(len(frames))]
-        return fitted(pictures, grid_layout(inputs.grid))
+        names = frame_names(inputs.grid, medium_names(opened, inputs.shown))
+        return fitted(pictures, replace(grid_layout(inputs.grid), names=names))
 
     def _check_kinds(self, kinds: list[str]) -> None:
         processors: dict[str, Any] = {
@@ -253,6 +255,17 @@ def media_list(media: Any) -> list[Media]:
     if media is None:
         return []
     return list(media) if isinstance(media, (list, tuple)) else [media]
+
+
+def medium_names(opened: list[Image.Image | Clip], shown: tuple[int, ...]) -> list[str]:
+    """What each medium of a grid is called, that shows these of the prompt's images and videos: "image 2", by kind."""
+    kinds = ["video" if isinstance(medium, Clip) else "image" for medium in opened]
+    names = [f"{kind} {kinds[: number + 1].count(kind)}" for number, kind in enumerate(kinds)]
+    parts = [shown[: number + 1].count(owner) for number, owner in enumerate(shown)]
+    return [
+        f"{names[owner]}, part {part}" if shown.count(owner) > 1 else names[owner]
+        for owner, part in zip(shown, parts, strict=True)
+    ]
 
 
 def content(prompt: Prompt, media: int) -> list[dict[str, Any]]:

@@ -16,13 +16,14 @@ class TokenLayout:
     """Boxes of the S visual tokens, drawn in one or more panels a frame; every panel shows the frame's whole picture.
 
     frame: [S] int32. panel: [S] uint8, index into panels. box: [S, 4] float32, left, top, width, height in units of the
-    picture's width and height (separators lie outside 0 … 1).
+    picture's width and height (separators lie outside 0 … 1). names: of each frame, where there are several media.
     """
 
     frame: np.ndarray
     panel: np.ndarray
     box: np.ndarray
     panels: tuple[str, ...] = ("",)
+    names: tuple[str, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -63,7 +64,19 @@ def grid_layout(grid: Grid) -> TokenLayout:
         size = 1 / (1 + place[own, 2:].max(0))  # rows, columns
         box[own, :2] = (place[own, 2:] * size)[:, ::-1]
         box[own, 2:] = size[::-1]
-    return TokenLayout(frame.reshape(-1).astype(np.int32), np.zeros(len(place), np.uint8), box)
+    names = frame_names(grid, [f"medium {number}" for number in range(1, 1 + len(grid.media))])
+    return TokenLayout(frame.reshape(-1).astype(np.int32), np.zeros(len(place), np.uint8), box, names=names)
+
+
+def frame_names(grid: Grid, media: list[str]) -> tuple[str, ...]:
+    """What each frame is called, by the names of the grid's media; none where there is one medium."""
+    if len(grid.media) == 1:
+        return ()
+    return tuple(
+        f"{name}, frame {number}" if len(frames) > 1 else name
+        for name, frames in zip(media, grid.media, strict=True)
+        for number in range(1, 1 + len(frames))
+    )
 
 
 def fitted(pictures: list[np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, TokenLayout]:

@@ -12,10 +12,12 @@ from conftest import ROOT, SCREENSHOTS
 from PIL import Image
 from synthetic_view import synthetic_view
 from test_media import write_video as write_webm
+from tiny_families import write_checkpoint
 from tiny_models import clip
 
 from focuslib.explore.widget import View, default_method, explore, tiny_examples
 from focuslib.methods import Focus
+from focuslib.models import load
 from focuslib.tasks.tinyvideo.build import write_video
 
 VECTORS_7B = {"q_proj": 112, "query": 112, "o_proj": 112, "gate_proj": 112, "down_proj": 592}
@@ -96,6 +98,28 @@ def test_the_saved_page_works_without_a_network(page_of, view, tmp_path, scheme)
     )
     pixels(page, "frame")
     page.screenshot(path=SCREENSHOTS / f"page-{scheme}-group.png")
+
+
+def test_several_media_are_named(page_of, tmp_path):
+    """Two videos and three images in one prompt: each frame's picture under its own tokens, and whose it is."""
+    other = load(write_checkpoint("qwen3_vl", tmp_path / "qwen3_vl"), device="cpu")
+    sizes = [(128, 64), (64, 128), (96, 96)]
+    images = [Image.fromarray(clip(1, seed)[0]).resize(size) for seed, size in enumerate(sizes)]
+    media = [clip(6, 3), images[0], clip(4, 4), *images[1:]]
+    method = Focus(selected_layers=(0, 2), retention=(0.7, 0.5), vector_size=8, m_tile=64)
+    several = explore(other, media, "<video> then <image> and <video>, <image>, <image>: what moves?", method=method)
+    page = page_of(offline=True)
+    page.goto(several.save(tmp_path / "view.html").as_uri())
+    page.wait_for_selector(".fx-strip")
+    names = ["video 1, frame 1", "video 1, frame 2", "video 1, frame 3", "image 1", "video 2, frame 1",
+             "video 2, frame 2", "image 2", "image 3"]  # fmt: skip
+    seen = set()
+    for frame, name in enumerate(names):
+        page.evaluate("(frame) => document.querySelector('.fx').parentElement.explorer.set({frame})", frame)
+        seen.add(pixels(page, "frame"))
+        assert page.locator(".fx-frameno").text_content() == f"frame {frame + 1} of 8: {name}"
+    assert len(seen) == len(names)
+    page.screenshot(path=SCREENSHOTS / "page-several-media.png")
 
 
 def test_redraws_are_quick(page_of, view, tmp_path):

@@ -552,7 +552,7 @@ function mountExplorer(element, view, state = {}, onState = () => {}) {
 
   function drawText(shown) {
     get("frames").value = state.frame;
-    get("frameno").textContent = `frame ${state.frame + 1} of ${view.pictures.count}`;
+    get("frameno").textContent = `frame ${state.frame + 1} of ${view.pictures.count}${view.names.length ? `: ${view.names[state.frame]}` : ""}`;
     get("layer").value = state.layer;
     get("layerno").textContent = `${state.layer}`;
     get("overlay").value = state.overlay;
@@ -590,7 +590,7 @@ function mountExplorer(element, view, state = {}, onState = () => {}) {
   /** What is known of a token, in words. */
   function describe(p) {
     if (p < 0) return "Point at a token to see its numbers, the neighbour it follows and its group.";
-    const { site, layer, vector } = state, s = view.sites[site], at = layer * view.tokens + p, parts = [`Token ${p}, frame ${view.frame[p] + 1}`];
+    const { site, layer, vector } = state, s = view.sites[site], at = layer * view.tokens + p, parts = [`Token ${p}, ${view.names[view.frame[p]] ?? `frame ${view.frame[p] + 1}`}`];
     const dropped = view.dropped[p];
     if (dropped >= 0) parts.push(`dropped in layer ${dropped >> 1} ${dropped & 1 ? "before its MLP" : "before its attention"}`);
     if (reader.present(p, site, layer)) {
