@@ -160,8 +160,8 @@ class ViewData:
         }
         words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
         recording = Recording(grid_from_dict(text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
-        names = {name: tuple(text.get(name, ())) for name in ("panels", "names")}
-        layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), **names)
+        panels, names = tuple(text["panels"]), tuple(text.get("names", ()))  # the latter since there are several media
+        layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=panels, names=names)
         links = text["links"] and Links(
             text["links"]["title"], tuple(text["links"]["kinds"]), arrays["links.target"], arrays["links.kind"]
         )
