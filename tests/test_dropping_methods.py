@@ -21,7 +21,8 @@ RUNS = replace(GRID, start=4, runs=((4, 5), (12, 12), (26, 7)))
 VIDEO = VisualGrid(3, 30, 5, 2, 3, 6, 3)
 METHODS = [
     FastV(layer=1), Evs(retention=0.6), VidCom2(retention=0.4), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25)),
-    PyramidDrop(layers=(1, 2), retention=(0.5, 0.25), positions="original"), DyCoke(), DyCoke(order="place"),
+    PyramidDrop(layers=(1, 2), retention=(0.5, 0.25), positions="original"), DyCoke(decoding_retention=1),
+    DyCoke(order="place", decoding_retention=1),
     Random(), Uniform(), FewerFrames(), FewerPixels(),
 ]  # fmt: skip
 FAMILIES = [

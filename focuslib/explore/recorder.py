@@ -13,6 +13,7 @@ from focuslib.kernels.semantic import prompt_importance
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, num_vectors
 from focuslib.methods import Method
 from focuslib.methods.focus import Focus
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.record import Events, Prefill
 from focuslib.prefill.trace import Trace
@@ -207,6 +208,9 @@ class Recorder(Events):
 
     def end(self, prefill: Prefill) -> None:
         self.method.end(prefill)
+
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        return self.method.on_decoding(decoding, layer)
 
     def _observe(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> None:
         probe, present = self.probe, prefill.present

@@ -13,6 +13,7 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import Grid
 from focuslib.kernels.similarity import ZERO
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
 from focuslib.prefill.tower import Picture, Shapes, Tower
@@ -30,6 +31,7 @@ class PrefillRecord:
     codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     block: which candidates the codes count, as the method that recorded sites said.
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
+    decoded: tokens decoded after it. hidden: visual entries of the cache that they did not see, summed over the layers.
     """
 
     grid: Grid
@@ -43,6 +45,8 @@ class PrefillRecord:
     block: BlockGeometry = field(default_factory=BlockGeometry)
     stats: dict[str, float] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
+    decoded: int = 0
+    hidden: int = 0
 
     def __post_init__(self):
         self.counts = Counts(self.grid.length)
@@ -52,6 +56,15 @@ class PrefillRecord:
         """1 − operations / dense operations, 0 … 1, from what each layer really computed (ops.counted_operations)."""
         counted = counted_operations(self.shape, self.attended, self.retained, self.rows)
         return 1 - counted / dense_operations(self.shape, self.grid.length)
+
+    @property
+    def decoding_sparsity(self) -> float:
+        """1 − visual entries that decoded tokens attend to / those of the dense model's cache, 0 … 1; windows aside.
+
+        Of the attention alone: what else a decoded token costs is the same in every method. 0 if none was decoded.
+        """
+        read = self.decoded * sum(self.attended) - self.hidden
+        return 1 - read / (self.decoded * self.shape.layers * self.grid.length) if self.decoded else 0.0
 
     @property
     def left(self) -> Tensor:
@@ -280,6 +293,13 @@ class Events(Protocol):
 
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
+        ...
+
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        """In the attention of a token decoded later: the entries of the layer's cache that it sees; None for all.
+
+        [R] int64, ascending, as `decoding.keep` gives them.
+        """
         ...
 
 
