@@ -1,7 +1,7 @@
 """Watch a method at work: what it did and how similar its inputs were, in the reduced form that the explorer draws."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from focuslib.methods import Method
 from focuslib.methods.focus import Focus
 from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.ops import SITES
-from focuslib.prefill.record import Events, Prefill
+from focuslib.prefill.record import Events, Prefill, Ranking
 from focuslib.prefill.trace import Trace
 
 AFTER_ATTENTION = ("gate_proj", "down_proj")  # sites behind the drop between attention and MLP
@@ -116,6 +116,7 @@ class Recording:
     dropped; None if unknown. applied: whether the similarities were used by the method, or only measured beside it.
     candidates: distance in tokens and (frames, rows, columns) of each candidate; the distance is None where it is not
     the same for every token. neighbours [C, S] int32: the number of each token's candidates then, < 0 if none.
+    rankings: what the method ranked the tokens by.
     """
 
     grid: Grid
@@ -128,6 +129,7 @@ class Recording:
     applied: bool
     importance: np.ndarray | None = None
     neighbours: np.ndarray | None = None
+    rankings: list[Ranking] = field(default_factory=list)
 
 
 def candidates(grid: Grid, frame_block: int, block: int) -> Candidates:
@@ -169,7 +171,7 @@ class Recorder(Events):
         return self.method.watched_layer
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
-        self.grid = prefill.grid
+        self.grid, self.record = prefill.grid, prefill.record
         widths = {site: prefill.shape.site_channels(site) for site in SITES}
         self.vectors = {site: num_vectors(width, min(width, self.probe.vector_size)) for site, width in widths.items()}
         self.shown = shown_vectors(prefill.grid.length, prefill.shape.layers, self.vectors)
@@ -248,6 +250,7 @@ class Recorder(Events):
             applied=self.method is probe and not probe.sec_only,
             importance=torch.stack(self.importance).numpy() if self.importance else None,
             neighbours=neighbours(grid, probe.frame_block, probe.block),
+            rankings=self.record.rankings,
         )
 
 

@@ -96,7 +96,7 @@ class DyCoke(Method):
             x[kept] = x[torch.cat(content)]
             hidden = hidden.clone()
             hidden[prefill.visual] = x
-        prefill.note_importance(torch.cat(importance))
+        prefill.note_importance(torch.cat(importance), "difference from an earlier frame, − cosine")
         prefill.renumber()
         return hidden, prefill.keep(kept)
 

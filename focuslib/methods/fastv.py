@@ -50,7 +50,7 @@ class FastV(Method):
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         if layer == prefill.state["first"] - 1:
             score = last_row(queries, keys, scaling, prefill.mask)[prefill.visual]
-            prefill.state["importance"] = prefill.note_importance(score)
+            prefill.state["importance"] = prefill.note_importance(score, "attention of the last token")
         return queries
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

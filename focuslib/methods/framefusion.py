@@ -76,6 +76,7 @@ class FrameFusion(Method):
             last = torch.tensor([queries.shape[1] - 1], device=queries.device)
             rows = attention_rows(queries[:, last], keys, last, scaling, prefill.mask)
             progress.importance = rows.mean((0, 1))
+            prefill.note_importance(progress.importance[prefill.visual], "attention of the last token")
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +114,7 @@ class FrameFusion(Method):
         progress, visual = prefill.state["progress"], prefill.visual
         place = progress.places[prefill.present]
         before, similarity = same_place_before(hidden[visual], place)
+        prefill.note_importance(-similarity, "difference from the frame before, − cosine")
         merged = similarity >= self.similarity_lower_bound
         share = int(merged.sum()) / len(merged)
         if share > ratio:

@@ -71,7 +71,8 @@ class PyramidDrop(Method):
         if keep is None:
             return hidden, None
         queries, keys, scaling = prefill.queries_and_keys(hidden)
-        score = prefill.note_importance(last_row(queries, keys, scaling, prefill.mask)[prefill.visual])
+        score = last_row(queries, keys, scaling, prefill.mask)[prefill.visual]
+        prefill.note_importance(score, "attention of the last token")
         return hidden, prefill.keep(most_important(score, min(keep, len(prefill.present))))
 
 

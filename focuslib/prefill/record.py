@@ -21,6 +21,19 @@ from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
 
 
 @dataclass
+class Ranking:
+    """What a method ranked the visual tokens by, for views.
+
+    stage: 2 · layer if that layer was about to run, 2 · layer + 1 from its attention on. by: what the score is.
+    scores: [S] float32 (CPU); the highest stay, ∞ stays whatever comes, −∞ for tokens that are not there any more.
+    """
+
+    stage: int
+    by: str
+    scores: Tensor
+
+
+@dataclass
 class PrefillRecord:
     """What a method did in one prefill.
 
@@ -31,6 +44,7 @@ class PrefillRecord:
     codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     block: which candidates the codes count, as the method that recorded sites said.
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
+    rankings: what the method ranked the tokens by, in turn (see Prefill.note_importance).
     decoded: tokens decoded after it. hidden: visual entries of the cache that they did not see, summed over the layers.
     """
 
@@ -45,6 +59,7 @@ class PrefillRecord:
     block: BlockGeometry = field(default_factory=BlockGeometry)
     stats: dict[str, float] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)
     decoded: int = 0
     hidden: int = 0
 
@@ -188,14 +203,17 @@ class Prefill:
         self._rows = visual.nonzero().squeeze(1)
         self.record.kept[layer] = self.present.cpu()
 
-    def note_importance(self, importance: Tensor) -> Tensor:
+    def note_importance(self, importance: Tensor, by: str = "score") -> Tensor:
         """Note, for views, what the visual tokens present are ranked by, [P], the highest stay; gives it back.
 
-        In details as importance, [S] float32, −∞ for tokens that are not there any more.
+        by: what the score is, in words. In the record's rankings; the last also in details as importance, [S] float32,
+        −∞ for tokens that are not there any more.
         """
         full = importance.new_full((self.grid.length,), -torch.inf, dtype=torch.float32)
         full[self.present] = importance.float()
-        self.record.details["importance"] = full.cpu()
+        self.record.details["importance"] = full = full.cpu()
+        stage = len(self.record.attended) + len(self.record.retained)
+        self.record.rankings.append(Ranking(stage, by, full))
         return importance
 
     def record_rows(self, layer: int, site: str, rows: float) -> None:

@@ -15,7 +15,7 @@ from test_media import write_video as write_webm
 from tiny_models import clip
 
 from focuslib.explore.widget import View, default_method, explore, tiny_examples
-from focuslib.methods import Focus
+from focuslib.methods import Evs, Focus, PyramidDrop
 from focuslib.tasks.tinyvideo.build import write_video
 
 VECTORS_7B = {"q_proj": 112, "query": 112, "o_proj": 112, "gate_proj": 112, "down_proj": 592}
@@ -96,6 +96,27 @@ def test_the_saved_page_works_without_a_network(page_of, view, tmp_path, scheme)
     )
     pixels(page, "frame")
     page.screenshot(path=SCREENSHOTS / f"page-{scheme}-group.png")
+
+
+@pytest.mark.parametrize("method", [PyramidDrop(layers=(1, 2, 4)), Evs()], ids=lambda method: method.name)
+def test_what_a_method_ranks_by(page_of, vlm, tmp_path, method):
+    """The heat map is what such a view opens with; it changes from stage to stage, and says what it shows."""
+    media, question = next(iter(tiny_examples(1).values()))
+    view = explore(vlm, media, question, method)
+    page = page_of(offline=True)
+    page.goto(view.save(tmp_path / "view.html").as_uri())
+    page.wait_for_selector(".fx-strip")
+    assert page.locator(".fx-overlay").input_value() == "ranking"
+    pixels(page, "frame")
+    page.screenshot(path=SCREENSHOTS / f"ranking-{method.name}.png")
+    seen = []
+    for ranking in view.data.recording.rankings:
+        page.evaluate(
+            "(layer) => document.querySelector('.fx').parentElement.explorer.set({layer, frame: 2})", ranking.stage // 2
+        )
+        seen.append(pixels(page, "frame"))
+        assert ranking.by in page.locator(".fx-legend").inner_text()
+    assert len(set(seen)) == len(view.data.recording.rankings) == (3 if method.name == "pyramiddrop" else 1)
 
 
 def test_redraws_are_quick(page_of, view, tmp_path):
