@@ -51,7 +51,7 @@ def test_which_cells(tmp_path):
     assert views == [("tinyvideo_needle", "fastv"), ("tinyvideo_needle", "focus")]
     assert method_names(["all"]) == [name for name in METHODS if name != "dense"]
     assert method_names(["fastv", "all"])[0] == "fastv" and method_names(["random+focus"]) == ["random+focus"]
-    assert settings_at("framefusion", 0.75) == {"cost": 0.25} and settings_at("focus", 0.75) is None
+    assert settings_at("framefusion", 0.75) == {"target_sparsity": 0.75} and settings_at("focus", 0.75) is None
 
 
 def test_mistakes_are_said():

@@ -21,9 +21,12 @@ def check_target(method: str, target: float | None) -> None:
         raise UserError(f"method {method}: target_sparsity is {target}; it must lie in [0, 1), or be none")
 
 
-def schedule_sparsity(shape: DecoderShape, tokens: int, present: list[int]) -> float:
-    """Computation sparsity of a prefill that drops tokens between layers: present visual tokens, layer by layer."""
-    return 1 - counted_operations(shape, present, present, []) / dense_operations(shape, tokens)
+def schedule_sparsity(shape: DecoderShape, tokens: int, present: list[int], retained: list[int] | None = None) -> float:
+    """Computation sparsity of a prefill that drops tokens: the visual tokens present, layer by layer.
+
+    retained: those that each layer's MLP sees, where some are dropped before it.
+    """
+    return 1 - counted_operations(shape, present, retained or present, []) / dense_operations(shape, tokens)
 
 
 def solve(method: str, target: float, most: int, sparsity: Callable[[int], float], cause: str = "") -> int:

@@ -30,10 +30,7 @@ from focuslib.report.tables import cost_table, write_csv
 
 def target_of(result: CellResult) -> float:
     """The counted sparsity (percent) that a cell was asked to meet; nan where it ran at its own settings."""
-    settings = result.cell.settings
-    target = settings.get("target_sparsity")
-    if result.cell.method == "framefusion":
-        target = 1 - settings["cost"]
+    target = result.cell.settings.get("target_sparsity")
     return float("nan") if target is None else 100 * target
 
 
