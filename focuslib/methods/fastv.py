@@ -54,11 +54,10 @@ class FastV(Method):
         return queries
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        first = prefill.state["first"]
-        if layer != first:
+        if layer != prefill.state["first"]:
             return hidden, None
         if self.target_sparsity is None:
             keep = tokens_to_keep(prefill.grid.length, self.retention, len(prefill.present))
         else:
-            keep = tokens_for(self.name, prefill, self.target_sparsity, first)
+            keep = tokens_for(self.name, prefill, self.target_sparsity)
         return hidden, prefill.keep(most_important(prefill.state.pop("importance"), keep))
