@@ -166,6 +166,7 @@ def write_page(outcome: Outcome, path: Path, title: str) -> Path:
     for heading, shown in (("Means over the data sets", methods_average(table)), ("Every data set", table),
                            ("Measured prefill", cost_table(outcome.results))):  # fmt: skip
         if not shown.empty:
+            shown = shown[sorted(shown, key=lambda name: name == "Note")]  # the widest column last
             parts += [f"<h2>{heading}</h2>", shown.to_html(index=False, float_format="%.2f", na_rep="", border=0)]
     for figure in (methods_figure(table), kept_by_method_figure(outcome)):
         if figure is not None:
