@@ -63,14 +63,15 @@ def no_network():
 
 @pytest.fixture(scope="session")
 def family_checkpoint(tmp_path_factory):
-    """Name of tiny_families.CHECKPOINTS → its checkpoint's folder, made when it is first asked for."""
+    """Name of tiny_families.CHECKPOINTS, layers of its tower → its folder, made when it is first asked for."""
     folder = tmp_path_factory.mktemp("families")
 
-    def checkpoint(name: str) -> Path:
+    def checkpoint(name: str, tower: int | None = None) -> Path:
         from tiny_families import write_checkpoint
 
         if name == "smolvlm":
             pytest.importorskip("num2words")
-        return folder / name if (folder / name).exists() else write_checkpoint(name, folder / name)
+        path = folder / name if tower is None else folder / f"tower{tower}" / name
+        return path if path.exists() else write_checkpoint(name, path, tower)
 
     return checkpoint

@@ -17,6 +17,7 @@ from focuslib.experiments.store import paired_scores
 from focuslib.methods import METHODS
 from focuslib.report.methods import (
     agreement,
+    comparison_summary,
     kept_by_method_figure,
     methods_average,
     methods_figure,
@@ -51,7 +52,7 @@ def test_which_cells(tmp_path):
     assert views == [("tinyvideo_needle", "fastv"), ("tinyvideo_needle", "focus")]
     assert method_names(["all"]) == [name for name in METHODS if name != "dense"]
     assert method_names(["fastv", "all"])[0] == "fastv" and method_names(["random+focus"]) == ["random+focus"]
-    assert settings_at("framefusion", 0.75) == {"cost": 0.25} and settings_at("focus", 0.75) is None
+    assert settings_at("framefusion", 0.75) == {"target_sparsity": 0.75} and settings_at("focus", 0.75) is None
 
 
 def test_mistakes_are_said():
@@ -92,6 +93,23 @@ def test_the_table(outcome):
     assert agreement(by["dense", None], by["dense", None]) == 1
     average = methods_average(table)
     assert len(average) == 6 and (average["Data sets"] == 1).all()
+
+
+def test_a_method_that_cannot_run_is_one_row_that_says_why(outcome):
+    plain, table = methods_table(outcome.results), methods_table(outcome.results, outcome.failed)
+    assert len(table) == len(plain) + 1
+    row = table.iloc[-1]
+    assert (row["Method"], row["Target"], row["Questions"]) == ("dycoke", 90, 0)
+    assert row["Note"].startswith("method dycoke: target_sparsity 0.9 cannot be met") and np.isnan(row["Right"])
+    shared = [name for name in plain if name not in ("Questions", "Failed")]
+    assert plain[shared].equals(table.iloc[:-1][shared])  # nothing else moves, the corrected p-values neither
+    average = methods_average(table).iloc[-1]
+    assert (average["Data sets"], average["Questions"], average["Note"]) == (0, 0, row["Note"])
+    assert "dycoke" not in comparison_summary(outcome) and outcome.summary().count("dycoke") == 6
+    assert methods_figure(table) is not None
+    nothing = methods_table([], outcome.failed)
+    assert len(nothing) == 1 and methods_figure(nothing) is None
+    assert len(methods_average(nothing)) == 1
 
 
 def test_figures_and_page(outcome, tmp_path):

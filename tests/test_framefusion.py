@@ -12,6 +12,7 @@ from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
 from focuslib.methods import FrameFusion
 from focuslib.methods.base import Prefill
+from focuslib.methods.budget import schedule_sparsity
 from focuslib.methods.framefusion import budget_ratio, frame_before, run_means, run_starts
 from focuslib.prefill.ops import DecoderShape
 
@@ -147,9 +148,48 @@ def test_meets_its_budget_on_a_decoder(drift, cost):
     assert run.method.table_two_sparsity(run.last) == pytest.approx(1 - cost)
 
 
+def on_a_decoder(method, drift, layers, seed=0):
+    """The record of a prefill of 8 × 36 tokens that drift from frame to frame."""
+    torch.manual_seed(seed)
+    grid = video(8, 6, 6, start=3)
+    config = Qwen2Config(
+        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    still = torch.randn(1, 36, 32)
+    frames = (still + drift * torch.randn(8, 36, 32)).flatten(0, 1)
+    embeds = torch.cat([torch.randn(3, 32), frames, torch.randn(4, 32)])
+    vlm = SimpleNamespace(model=Qwen2Model(config).eval(), grid=grid)
+    with torch.inference_mode(), method(vlm) as run:
+        vlm.model(inputs_embeds=embeds[None], use_cache=False)
+    return run.last
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    drift=st.floats(0.01, 3), layers=st.integers(6, 16), target=st.floats(0.2, 0.8), seed=st.integers(0, 99),
+    bound=st.sampled_from([0.01, 0.1, 0.5]), similarity=st.sampled_from([0.3, 0.6, 0.9]),
+)  # fmt: skip
+def test_meets_a_target_whatever_the_clip_merges(drift, layers, target, seed, bound, similarity):
+    """Counted, not estimated: to a token more or less in every layer."""
+    method = FrameFusion(similarity_lower_bound=similarity, ratio_lower_bound=bound, target_sparsity=target)
+    record = on_a_decoder(method, drift, layers, seed)
+    one_token = schedule_sparsity(record.shape, 288, [287] * layers)
+    assert abs(record.computation_sparsity - target) <= one_token
+    assert method.table_two_sparsity(record) == 1 - sum(record.attended) / (288 * layers)
+
+
+def test_a_target_out_of_reach_is_said():
+    """Six layers, of which the first attends in full: the others cannot save so much."""
+    method = FrameFusion(similarity_lower_bound=1, target_sparsity=0.95)
+    with pytest.raises(UserError, match=r"framefusion: target_sparsity 0\.95 cannot be met by pruning after"):
+        on_a_decoder(method, drift=3.0, layers=6)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"target_sparsity": 1}, "target_sparsity is 1"),
         ({"cost": 0}, "cost is 0"),
         ({"cost": 1.2}, "cost is 1.2"),
         ({"similarity_lower_bound": 1.5}, "similarity_lower_bound is 1.5"),

@@ -217,8 +217,11 @@ CHECKPOINTS = {  # family → its processor, and the parts of its config beside 
 VIDEO_FAMILIES = [name for name in CHECKPOINTS if name not in ("mistral3", "paddleocr_vl")]
 
 
-def write_checkpoint(name: str, folder: Path, **text: Any) -> Path:
-    """A checkpoint of one of CHECKPOINTS: random weights, config, processor and tokenizer. text: of its text_config."""
+def write_checkpoint(name: str, folder: Path, tower: int | None = None, **text: Any) -> Path:
+    """A checkpoint of one of CHECKPOINTS: random weights, config, processor and tokenizer.
+
+    tower: layers of its vision tower. text: of its text_config.
+    """
     make, settings = CHECKPOINTS[name]
     processor = make()
     number = processor.tokenizer.convert_tokens_to_ids
@@ -228,6 +231,8 @@ def write_checkpoint(name: str, folder: Path, **text: Any) -> Path:
     settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     if settings["vision_config"].get("image_size", 0) is None:
         del settings["vision_config"]["image_size"]
+    if tower is not None:
+        settings["vision_config"]["depth" if "depth" in settings["vision_config"] else "num_hidden_layers"] = tower
     settings["text_config"] |= {"eos_token_id": number("<|im_end|>"), "pad_token_id": number("<|endoftext|>"), **text}
     family = CONFIG_MAPPING[name]
     known = {key: value for key, value in ids.items() if key in family().to_dict() or key in family.attribute_map}

@@ -224,7 +224,13 @@ def compare(
     """
     from focuslib.experiments.compare import compared_cells
     from focuslib.experiments.runner import run_cells
-    from focuslib.report.methods import methods_average, methods_table, write_methods, write_page
+    from focuslib.report.methods import (
+        comparison_summary,
+        methods_average,
+        methods_table,
+        write_methods,
+        write_page,
+    )
 
     common = {
         "model": model, "checkpoint": checkpoint, "device": device, "dtype": dtype, "seed": seed,
@@ -233,8 +239,9 @@ def compare(
     pairs = [{"dataset": dataset, **common} for dataset in task]
     cells = compared_cells(pairs, methods or ["all"], sparsity or [0.75], limit)
     outcome = run_cells("compare", cells, out, workers=workers)
-    print(outcome.summary())
-    print(methods_average(methods_table(outcome.results)).round(2).to_string(index=False, na_rep=""))
+    print(comparison_summary(outcome))
+    table = methods_average(methods_table(outcome.results, outcome.failed))
+    print(table.round(2).to_string(index=False, na_rep=""))
     write_methods(outcome)
     print(write_page(outcome, out / "compare.html", f"{model}: {', '.join(task)}"))
     return 0 if outcome.results else 1

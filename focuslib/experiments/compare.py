@@ -24,8 +24,6 @@ def method_names(names: list[str]) -> list[str]:
 
 def settings_at(method: str, target: float) -> dict[str, Any] | None:
     """The setting that has a method meet a counted sparsity, 0 … 1; None if it has none and keeps its own settings."""
-    if method == "framefusion":
-        return {"cost": round(1 - target, 6)}
     names = {field.name for field in fields(METHODS[method])} if method in METHODS else set()
     return {"target_sparsity": target} if "target_sparsity" in names else None
 

@@ -1,7 +1,7 @@
 """Watch a method at work: what it did and how similar its inputs were, in the reduced form that the explorer draws."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from focuslib.kernels.semantic import prompt_importance
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate, num_vectors
 from focuslib.methods import Method
 from focuslib.methods.focus import Focus
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.ops import SITES
-from focuslib.prefill.record import Events, Prefill
+from focuslib.prefill.record import Events, Prefill, Ranking
 from focuslib.prefill.trace import Trace
 
 AFTER_ATTENTION = ("gate_proj", "down_proj")  # sites behind the drop between attention and MLP
@@ -115,6 +116,7 @@ class Recording:
     dropped; None if unknown. applied: whether the similarities were used by the method, or only measured beside it.
     candidates: distance in tokens and (frames, rows, columns) of each candidate; the distance is None where it is not
     the same for every token. neighbours [C, S] int32: the number of each token's candidates then, < 0 if none.
+    rankings: what the method ranked the tokens by.
     """
 
     grid: Grid
@@ -127,6 +129,7 @@ class Recording:
     applied: bool
     importance: np.ndarray | None = None
     neighbours: np.ndarray | None = None
+    rankings: list[Ranking] = field(default_factory=list)
 
 
 def candidates(grid: Grid, frame_block: int, block: int) -> Candidates:
@@ -168,7 +171,7 @@ class Recorder(Events):
         return self.method.watched_layer
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
-        self.grid = prefill.grid
+        self.grid, self.record = prefill.grid, prefill.record
         widths = {site: prefill.shape.site_channels(site) for site in SITES}
         self.vectors = {site: num_vectors(width, min(width, self.probe.vector_size)) for site, width in widths.items()}
         self.shown = shown_vectors(prefill.grid.length, prefill.shape.layers, self.vectors)
@@ -208,6 +211,9 @@ class Recorder(Events):
     def end(self, prefill: Prefill) -> None:
         self.method.end(prefill)
 
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        return self.method.on_decoding(decoding, layer)
+
     def _observe(self, prefill: Prefill, layer: int, site: str, x: Tensor) -> None:
         probe, present = self.probe, prefill.present
         found = concentrate(
@@ -244,6 +250,7 @@ class Recorder(Events):
             applied=self.method is probe and not probe.sec_only,
             importance=torch.stack(self.importance).numpy() if self.importance else None,
             neighbours=neighbours(grid, probe.frame_block, probe.block),
+            rankings=self.record.rankings,
         )
 
 

@@ -22,7 +22,7 @@ from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import FrameSampling, is_image_file, read_image, read_video
 from focuslib.prefill.ops import SITES, dense_operations
 from focuslib.prefill.patch import install
-from focuslib.prefill.record import Links, PrefillRecord, Run
+from focuslib.prefill.record import Links, PrefillRecord, Ranking, Run
 from focuslib.prefill.trace import Trace
 
 PICTURE_SIDE = 448  # pixels; larger frames are shrunk for the view
@@ -111,6 +111,11 @@ class ViewData:
                 np.round(65535 * recording.importance / np.maximum(most, 1e-30)).astype(np.uint16)
             )
             header["importance_most"] = most[:, 0].tolist()
+        header["rankings"] = [
+            {"stage": ranking.stage, "by": ranking.by, "scores": arrays.add(ranking.scores.numpy()),
+             "place": arrays.add(rank_shares(ranking.scores.numpy()))}
+            for ranking in recording.rankings
+        ]  # fmt: skip
         if self.links is not None:
             links = self.links
             header["links"] = {
@@ -127,6 +132,7 @@ class ViewData:
         arrays = {f"layout.{name}": getattr(self.layout, name) for name in _LAYOUT_ARRAYS}
         arrays |= {name: getattr(recording, name) for name in _RECORDING_ARRAYS}
         arrays["frames"] = self.frames
+        arrays |= {f"ranking.{number}": ranking.scores.numpy() for number, ranking in enumerate(recording.rankings)}
         for site, view in recording.sites.items():
             arrays |= {f"{site}.{name}": getattr(view, name) for name in _SITE_ARRAYS}
         if self.links is not None:
@@ -134,6 +140,7 @@ class ViewData:
         text = {
             **{name: getattr(self, name) for name in _VIEW_WORDS},
             **{name: getattr(recording, name) for name in _RECORDING_WORDS},
+            "rankings": [[ranking.stage, ranking.by] for ranking in recording.rankings],
             "grid": recording.grid.to_dict(),
             "panels": self.layout.panels,
             "names": self.layout.names,
@@ -160,6 +167,10 @@ class ViewData:
         }
         words: dict[str, Any] = {name: text[name] for name in _RECORDING_WORDS} | {"candidates": candidates}
         recording = Recording(grid_from_dict(text["grid"]), sites, **_present(arrays, _RECORDING_ARRAYS), **words)
+        recording.rankings = [
+            Ranking(stage, by, torch.from_numpy(arrays[f"ranking.{number}"]))
+            for number, (stage, by) in enumerate(text.get("rankings", []))  # views of older versions have none
+        ]
         panels, names = tuple(text["panels"]), tuple(text.get("names", ()))  # the latter since there are several media
         layout = TokenLayout(**_present(arrays, _LAYOUT_ARRAYS, "layout."), panels=panels, names=names)
         links = text["links"] and Links(
@@ -195,6 +206,13 @@ class ViewData:
         if not lines:
             return []
         return ["Sub-sampled for drawing: " + ", ".join(lines) + "; counts, means and sparsities are over all vectors."]
+
+
+def rank_shares(scores: np.ndarray) -> np.ndarray:
+    """How many of the tokens that were ranked have at most this score, in 65535ths; 0: not ranked. [S] → [S] uint16."""
+    ranked = np.sort(scores[~np.isneginf(scores)])
+    shares = np.searchsorted(ranked, scores, side="right") / max(1, len(ranked))
+    return np.ceil(65535 * shares).astype(np.uint16)
 
 
 def _present(arrays: dict[str, Any], names: tuple[str, ...], before: str = "") -> dict[str, Any]:

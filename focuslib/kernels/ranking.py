@@ -26,5 +26,9 @@ def evenly_spaced(total: int, keep: int) -> Tensor:
 
 def drawn(total: int, keep: int, seed: int) -> Tensor:
     """`keep` of 0 … total − 1, drawn without replacement: [keep] int64, ascending; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:keep].sort().values
+    return draw(total, seed)[:keep].sort().values
+
+
+def draw(total: int, seed: int) -> Tensor:
+    """The numbers 0 … total − 1 in the order in which they are drawn: [total] int64; the same for the same seed."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Tokens that repeat the same place of an earlier frame: efficient video sampling (EVS) and DyCoke's prefill half."""
+"""Tokens that repeat the same place of an earlier frame: efficient video sampling (EVS); DyCoke's two halves."""
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,31 @@ def paired_frames(frames: int) -> list[tuple[int, int]]:
     return [(i + 1, i) for i in range(0, frames - 1, 2)] + [(i + 2, i) for i in range(0, frames - 4, 4)]
 
 
-def temporal_merge(frames: Tensor, keep: int, *, drop_odd_last: bool = True) -> list[Tensor]:
+def paired_similarity(frames: Tensor) -> Tensor:
+    """Cosine of each token with the same place's of the frame that its own is compared with; −∞ in the whole frames.
+
+    frames: [F, T, D]. Returns [F, T] float32.
+    """
+    similarity = frames.new_full(frames.shape[:2], -torch.inf, dtype=torch.float32)
+    for frame, reference in paired_frames(len(frames)):
+        similarity[frame] = F.cosine_similarity(frames[frame].float(), frames[reference].float(), dim=1)
+    return similarity
+
+
+def temporal_merge(
+    frames: Tensor, keep: int, *, drop_odd_last: bool = True, similarity: Tensor | None = None
+) -> list[Tensor]:
     """DyCoke's prefill half: of the compared frames the `keep` tokens that are least like the same place's (CVPR 2025).
 
-    frames: [F, T, D]. drop_odd_last: as published, a last frame without a partner vanishes.
+    frames: [F, T, D]. drop_odd_last: as published, a last frame without a partner vanishes. similarity: of
+    `paired_similarity`, where it is known.
     Returns for each frame the places that stay, [k] int64, in the published order: the least similar first.
     """
     count, tokens, _ = frames.shape
     kept = [torch.arange(tokens, device=frames.device) for _ in range(count)]
-    for frame, reference in paired_frames(count):
-        similarity = F.cosine_similarity(frames[frame].float(), frames[reference].float(), dim=1)
-        kept[frame] = similarity.sort(stable=True).indices[:keep]
+    similarity = paired_similarity(frames) if similarity is None else similarity
+    for frame, _ in paired_frames(count):
+        kept[frame] = similarity[frame].sort(stable=True).indices[:keep]
     if count % 2 and count > 1 and drop_odd_last:
         kept[-1] = kept[-1][:0]
     return kept

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.models.base import VLM
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.patch import install
 from focuslib.prefill.record import Events, Links, Prefill, PrefillRecord, Run
 
@@ -82,6 +84,13 @@ class Method(Events):
 
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
+
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        """In the attention of a token decoded later: the entries of the layer's cache that it sees; None for all.
+
+        [R] int64, ascending, as `decoding.keep` gives them. The cache keeps them all: a later token may see others.
+        """
+        return None
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
         """A prefill's computation sparsity, 0 … 1, by the convention of the paper's Table II.
@@ -172,6 +181,16 @@ class Stack(Method):
     def end(self, prefill: Prefill) -> None:
         for part in self._each(prefill):
             part.end(prefill)
+
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        whole, seen = decoding.state, None
+        for part, (state, _) in zip(self.parts, whole["parts"], strict=True):
+            decoding.state = state
+            own = part.on_decoding(decoding, layer)
+            if own is not None:
+                seen = own if seen is None else seen[torch.isin(seen, own)]
+        decoding.state = whole
+        return seen
 
     def _each(self, prefill: Prefill) -> Iterator[Method]:
         """The parts, each with its own state and its own way with positions."""

@@ -21,9 +21,12 @@ def check_target(method: str, target: float | None) -> None:
         raise UserError(f"method {method}: target_sparsity is {target}; it must lie in [0, 1), or be none")
 
 
-def schedule_sparsity(shape: DecoderShape, tokens: int, present: list[int]) -> float:
-    """Computation sparsity of a prefill that drops tokens between layers: present visual tokens, layer by layer."""
-    return 1 - counted_operations(shape, present, present, []) / dense_operations(shape, tokens)
+def schedule_sparsity(shape: DecoderShape, tokens: int, present: list[int], retained: list[int] | None = None) -> float:
+    """Computation sparsity of a prefill that drops tokens: the visual tokens present, layer by layer.
+
+    retained: those that each layer's MLP sees, where some are dropped before it.
+    """
+    return 1 - counted_operations(shape, present, retained or present, []) / dense_operations(shape, tokens)
 
 
 def solve(method: str, target: float, most: int, sparsity: Callable[[int], float], cause: str = "") -> int:
@@ -45,12 +48,14 @@ def solve(method: str, target: float, most: int, sparsity: Callable[[int], float
     return best
 
 
-def tokens_for(method: str, prefill: Prefill, target: float, first: int = 0) -> int:
-    """How many visual tokens to keep from layer `first` on, for the whole prefill to reach the target sparsity."""
-    shape, tokens = prefill.shape, prefill.grid.length
+def tokens_for(method: str, prefill: Prefill, target: float) -> int:
+    """How many visual tokens to keep from the coming layer on, for the whole prefill to reach the target sparsity."""
+    record, layers = prefill.record, prefill.shape.layers
+    layer = len(record.attended)
 
     def sparsity(kept: int) -> float:
-        return schedule_sparsity(shape, tokens, [tokens] * first + [kept] * (shape.layers - first))
+        rest = [kept] * (layers - layer)
+        return schedule_sparsity(prefill.shape, prefill.grid.length, record.attended + rest, record.retained + rest)
 
-    cause = f" by dropping before layer {first} of {shape.layers}" if first else ""
-    return min(solve(method, target, tokens, sparsity, cause), len(prefill.present))
+    cause = f" by dropping before layer {layer} of {layers}" if layer else ""
+    return solve(method, target, len(prefill.present), sparsity, cause)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.kernels.ranking import drawn, evenly_spaced
+from focuslib.kernels.ranking import draw, drawn, evenly_spaced
 from focuslib.kernels.semantic import tokens_to_keep
 from focuslib.methods.base import Method
 from focuslib.methods.budget import check_share, check_target, tokens_for
@@ -67,7 +67,9 @@ class Random(Control):
 
     def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
         content = hidden[prefill.visual][0].detach().float().cpu().numpy().tobytes()
-        return drawn(len(prefill.present), keep, zlib.crc32(content, self.seed))
+        total, seed = len(prefill.present), zlib.crc32(content, self.seed)
+        prefill.note_importance(-draw(total, seed).argsort().to(hidden.device), "chance, the first drawn highest")
+        return drawn(total, keep, seed)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Evs(Method):
             return hidden, None
         require_frames(self.name, prefill.grid)
         before = frame_before(prefill.grid.places()).to(hidden.device)
-        change = prefill.note_importance(temporal_change(hidden[prefill.visual], before))
+        change = temporal_change(hidden[prefill.visual], before)
+        prefill.note_importance(change, "change since the frame before, 1 − cosine")
         if self.target_sparsity is None:
             keep = int(prefill.grid.length * self.retention)
         else:

@@ -50,15 +50,14 @@ class FastV(Method):
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         if layer == prefill.state["first"] - 1:
             score = last_row(queries, keys, scaling, prefill.mask)[prefill.visual]
-            prefill.state["importance"] = prefill.note_importance(score)
+            prefill.state["importance"] = prefill.note_importance(score, "attention of the last token")
         return queries
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        first = prefill.state["first"]
-        if layer != first:
+        if layer != prefill.state["first"]:
             return hidden, None
         if self.target_sparsity is None:
             keep = tokens_to_keep(prefill.grid.length, self.retention, len(prefill.present))
         else:
-            keep = tokens_for(self.name, prefill, self.target_sparsity, first)
+            keep = tokens_for(self.name, prefill, self.target_sparsity)
         return hidden, prefill.keep(most_important(prefill.state.pop("importance"), keep))

@@ -83,7 +83,7 @@ class FlashVid(Method):
         if layer == prefill.state["layer"]:
             prefill.renumber(False)
             keep = math.ceil(len(prefill.present) * self.inner_retention)
-            importance = prefill.note_importance(prefill.state.pop("importance"))
+            importance = prefill.note_importance(prefill.state.pop("importance"), "attention of the last token")
             return hidden, prefill.keep(most_important(importance, keep))
         if layer > 0:
             return hidden, None
@@ -92,6 +92,9 @@ class FlashVid(Method):
         shapes = frame_shapes(self.name, prefill.grid, blank)
         seen = prefill.tower(shapes)
         tokens = (~blank).nonzero().squeeze(1)
+        importance = torch.full((len(x),), torch.inf, device=x.device)
+        importance[tokens] = seen.received
+        prefill.note_importance(importance, "attention in the vision tower")
         media = self._media(prefill, x[tokens], seen.received, shapes)
         budget = math.ceil(max(rows * columns for rows, columns in shapes) * self.retention * self.expansion)
         if self.target_sparsity is not None:

@@ -128,7 +128,8 @@ class Focus(Method):
         queries = rows.view(tokens, heads, width).transpose(0, 1)
         if layer in prefill.state["retention"]:
             before = prompt_importance(queries, keys, 0, prefill.question, scaling, prefill.mask)
-            prefill.state["importance"] = before[prefill.visual]
+            by = "highest attention of a text token"
+            prefill.state["importance"] = prefill.note_importance(before[prefill.visual], by)
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """FrameFusion: merge tokens that stay alike over time, then prune unimportant ones, to a budget. arXiv 2501.01986."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from focuslib.errors import InputError, UserError
 from focuslib.kernels.semantic import attention_rows, most_important
 from focuslib.methods.base import Method
+from focuslib.methods.budget import check_target, schedule_sparsity, solve
 from focuslib.methods.frames import require_frames
 from focuslib.prefill.record import Links, Prefill, PrefillRecord
 
@@ -39,6 +41,8 @@ class FrameFusion(Method):
     cost: share of the dense model's computation that is left. similarity_lower_bound: cosine similarity from which a
     token is merged into the same position's token of the frame before. ratio_lower_bound: merging ends with the first
     call that merges a smaller share of the tokens; then the least important ones are pruned, once, to meet the budget.
+    target_sparsity: the budget in counted operations instead, of this clip: after what merging left of it, pruning
+    keeps what makes the counted sparsity this; merging ends where one more call would come too late. None: cost holds.
 
     Results: stats share_0, share_1, … (merged shares), kept (share of the visual tokens at the end); details
     merge_root ([S] int64: the token that each original one was merged into, or itself).
@@ -49,6 +53,7 @@ class FrameFusion(Method):
     cost: float = 0.3
     similarity_lower_bound: float = 0.6
     ratio_lower_bound: float = 0.1
+    target_sparsity: float | None = None
 
     def __post_init__(self):
         if not 0 < self.cost <= 1:
@@ -61,6 +66,7 @@ class FrameFusion(Method):
             )
         if not 0 <= self.ratio_lower_bound <= 1:
             raise UserError(f"method framefusion: ratio_lower_bound is {self.ratio_lower_bound}; it must lie in [0, 1]")
+        check_target(self.name, self.target_sparsity)
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         require_frames(self.name, prefill.grid)
@@ -76,6 +82,7 @@ class FrameFusion(Method):
             last = torch.tensor([queries.shape[1] - 1], device=queries.device)
             rows = attention_rows(queries[:, last], keys, last, scaling, prefill.mask)
             progress.importance = rows.mean((0, 1))
+            prefill.note_importance(progress.importance[prefill.visual], "attention of the last token")
         return queries
 
     def after_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +95,9 @@ class FrameFusion(Method):
         record.details["merge_root"] = progress.root.cpu()
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
-        return 1 - self.cost
+        if self.target_sparsity is None:
+            return 1 - self.cost
+        return 1 - sum(record.attended) / (record.shape.layers * record.grid.length)
 
     def links(self, record: PrefillRecord) -> Links:
         target, itself = record.details["merge_root"].numpy(), np.arange(record.grid.length)
@@ -100,7 +109,7 @@ class FrameFusion(Method):
         progress = prefill.state["progress"]
         if progress.pruning_done:
             return hidden, None
-        ratio = budget_ratio(progress.shares, prefill.shape.layers, self.cost)
+        ratio = self._ratio(prefill)
         if progress.merging_done:
             progress.pruning_done = True
             kept = most_important(progress.importance[prefill.visual], round((1 - ratio) * len(prefill.present)))
@@ -113,6 +122,7 @@ class FrameFusion(Method):
         progress, visual = prefill.state["progress"], prefill.visual
         place = progress.places[prefill.present]
         before, similarity = same_place_before(hidden[visual], place)
+        prefill.note_importance(-similarity, "difference from the frame before, − cosine")
         merged = similarity >= self.similarity_lower_bound
         share = int(merged.sum()) / len(merged)
         if share > ratio:
@@ -121,12 +131,42 @@ class FrameFusion(Method):
             progress.merging_done = progress.pruning_done = True
         else:
             progress.shares.append(share)
-            progress.merging_done = share < self.ratio_lower_bound
+            left = len(merged) - int(merged.sum())
+            progress.merging_done = share < self.ratio_lower_bound or self._too_late(prefill, left)
         first = run_starts(before, merged)
         progress.root = _follow(progress.root, prefill.present, first)
         means, hidden = run_means(hidden[visual], first), hidden.clone()
         hidden[visual] = means
         return hidden, torch.nonzero(~merged).squeeze(1)
+
+    def _ratio(self, prefill: Prefill) -> float:
+        """The share of the present visual tokens that has to go now."""
+        present = len(prefill.present)
+        if self.target_sparsity is None:
+            return budget_ratio(prefill.state["progress"].shares, prefill.shape.layers, self.cost)
+        calls, layers = len(prefill.record.attended), prefill.shape.layers
+        cause = f" by pruning after the attention of layer {calls - 1} of {layers}" if calls else ""
+        sparsity = partial(pruned, prefill, calls, present)
+        keep = solve(self.name, self.target_sparsity, present, sparsity, cause)
+        return (present - keep + 0.25) / present  # a quarter of a token more: truncated or rounded, `keep` stay
+
+    def _too_late(self, prefill: Prefill, left: int) -> bool:
+        """Whether the target would be missed if the next call merged and the one after it pruned all that are left."""
+        calls = len(prefill.record.attended)
+        return self.target_sparsity is not None and pruned(prefill, calls + 2, left, 1) < self.target_sparsity
+
+
+def pruned(prefill: Prefill, call: int, present: int, kept: int) -> float:
+    """The counted sparsity if `present` visual tokens stay until a call and `kept` from then on.
+
+    call: 0 before layer 0, n after the attention of layer n − 1.
+    """
+    record, layers = prefill.record, prefill.shape.layers
+    attended = record.attended + [present] * (min(call, layers) - len(record.attended))
+    retained = record.retained + [present] * (min(max(0, call - 1), layers) - len(record.retained))
+    attended += [kept] * (layers - len(attended))
+    retained += [kept] * (layers - len(retained))
+    return schedule_sparsity(prefill.shape, prefill.grid.length, attended, retained)
 
 
 def budget_ratio(shares: list[float], layers: int, cost: float) -> float:

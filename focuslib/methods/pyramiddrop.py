@@ -60,32 +60,37 @@ class PyramidDrop(Method):
         if layers[-1] >= depth:
             raise UserError(f"method pyramiddrop: layer {layers[-1]} does not exist; the model has {depth}")
         keep = [tokens_to_keep(tokens, share, tokens) for share in self.retention]
-        if self.target_sparsity is not None:
-            keep = stages_for(self.name, prefill, layers, self.target_sparsity)
         prefill.state["keep"] = dict(zip(layers, keep, strict=True))
         if self.positions == "published":
             prefill.renumber()
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        keep = prefill.state["keep"].get(layer)
-        if keep is None:
+        stages = prefill.state["keep"]
+        if layer not in stages:
             return hidden, None
+        if self.target_sparsity is not None and layer == min(stages):
+            stages.update(stages_for(self.name, prefill, list(stages), self.target_sparsity))
         queries, keys, scaling = prefill.queries_and_keys(hidden)
-        score = prefill.note_importance(last_row(queries, keys, scaling, prefill.mask)[prefill.visual])
-        return hidden, prefill.keep(most_important(score, min(keep, len(prefill.present))))
+        score = last_row(queries, keys, scaling, prefill.mask)[prefill.visual]
+        prefill.note_importance(score, "attention of the last token")
+        return hidden, prefill.keep(most_important(score, min(stages[layer], len(prefill.present))))
 
 
-def stages_for(method: str, prefill: Prefill, layers: list[int], target: float) -> list[int]:
-    """Tokens that each stage keeps if each keeps the same share of the one before and the target is met."""
-    shape, tokens = prefill.shape, prefill.grid.length
+def stages_for(method: str, prefill: Prefill, layers: list[int], target: float) -> dict[int, int]:
+    """Tokens that each stage keeps if each keeps the same share of the one before and the target is met.
 
-    def kept(share: int) -> list[int]:
-        return [tokens_to_keep(tokens, (share / SHARES) ** stage, tokens) for stage in range(1, len(layers) + 1)]
+    Called before the first of them.
+    """
+    shape, tokens, record = prefill.shape, len(prefill.present), prefill.record
+
+    def kept(share: int) -> dict[int, int]:
+        return {layer: tokens_to_keep(tokens, (share / SHARES) ** n, tokens) for n, layer in enumerate(layers, 1)}
 
     def sparsity(share: int) -> float:
-        present, stages = [], dict(zip(layers, kept(share), strict=True))
-        for layer in range(shape.layers):
-            present.append(stages.get(layer, present[-1] if present else tokens))
-        return schedule_sparsity(shape, tokens, present)
+        present, stages = [tokens], kept(share)
+        for layer in range(layers[0], shape.layers):
+            present.append(stages.get(layer, present[-1]))
+        attended, retained = record.attended + present[1:], record.retained + present[1:]
+        return schedule_sparsity(shape, prefill.grid.length, attended, retained)
 
     return kept(solve(method, target, SHARES, sparsity, f" by stages from layer {layers[0]} of {shape.layers} on"))

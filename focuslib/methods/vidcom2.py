@@ -61,7 +61,7 @@ class VidCom2(Method):
         for index, video, own, frame in parts:
             sizes = torch.bincount(frame).tolist()
             stays[index[outliers(video + own, sizes, frame_counts(frame_shares(video, frame, share), sizes))]] = True
-        prefill.note_importance(importance)
+        prefill.note_importance(importance, "difference from the means of frame and video")
         prefill.renumber()
         return hidden, prefill.keep(stays)
 

@@ -69,7 +69,7 @@ class VisionZip(Method):
             first, used = first + len(index), used + count
         importance = torch.full((len(x),), torch.inf, device=x.device)
         importance[tokens] = seen.received
-        prefill.note_importance(importance)
+        prefill.note_importance(importance, "attention in the vision tower")
         prefill.record.details["joins"] = joins.cpu()
         hidden = hidden.clone()
         hidden[prefill.visual] = x

@@ -4,24 +4,25 @@ from functools import cache
 
 from transformers import Cache
 
-from focuslib.prefill.masks import Origins
+from focuslib.prefill.decoding import Decoding
 
 
-def follow(past: Cache, origins: Origins) -> None:
-    """Have a cache know where its entries come from, and count the tokens of the prompt that it lacks as seen."""
-    past.focuslib_origins = origins  # pyright: ignore[reportAttributeAccessIssue]
+def follow(past: Cache, decoding: Decoding) -> None:
+    """Have a cache know what its prefill left, and count the tokens of the prompt that it lacks as seen."""
+    past.focuslib_decoding = decoding  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(past, _Counted):
         past.__class__ = _counted(type(past))  # a copy of the cache, too, is one of these
 
 
 class _Counted:
-    focuslib_origins: Origins
+    focuslib_decoding: Decoding
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         entries = super().get_seq_length(layer_idx)  # pyright: ignore[reportAttributeAccessIssue]
-        if not entries or layer_idx >= len(self.focuslib_origins.kept):
+        origins = self.focuslib_decoding.origins
+        if not entries or layer_idx >= len(origins.kept):
             return entries
-        return entries + self.focuslib_origins.length - self.focuslib_origins.entries(layer_idx)
+        return entries + origins.length - origins.entries(layer_idx)
 
 
 @cache

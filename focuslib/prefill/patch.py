@@ -28,8 +28,9 @@ from focuslib.kernels.semantic import attention_rows, causal_attention
 from focuslib.prefill.between import Between
 from focuslib.prefill.cache import follow
 from focuslib.prefill.decoder import decoder_shape, find_decoder
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.handover import grid_of
-from focuslib.prefill.masks import Origins, full_mask, kept_deepstack, kept_mask, padding_of, require_mask
+from focuslib.prefill.masks import full_mask, kept_deepstack, kept_mask, padding_of, require_mask
 from focuslib.prefill.positions import has_axes, shifted
 from focuslib.prefill.record import Events, Prefill, Run
 from focuslib.prefill.selfcheck import check_layer, check_rows, layer_kind
@@ -59,7 +60,7 @@ class _Patch:
 
     kinds: the kinds of layers that passed the self-check. rows: the layers whose attention rows did.
     reached: whether the attention function was called since this was last set to False.
-    origins: in a decoding step, of its cache if tokens were dropped; else None.
+    decoding: in a step over a cache that a patched prefill filled; else None.
     """
 
     def __init__(self, method: Events, vlm, decoder: Any, run: Run, trace: bool):
@@ -70,7 +71,7 @@ class _Patch:
         self.run = run
         self.trace = trace
         self.prefill: Prefill | None = None
-        self.origins: Origins | None = None
+        self.decoding: Decoding | None = None
         self.kinds: set[tuple] = set()
         self.rows: set[int] = set()
         self.reached = False
@@ -156,7 +157,7 @@ class _Patch:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the decoder runs: decide whether this is a prefill, and begin it."""
-        self.prefill = self.origins = None
+        self.prefill = self.decoding = None
         self.between.begin()
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
@@ -198,11 +199,11 @@ class _Patch:
         self.method.begin(self.prefill, embeds[0])
 
     def _step(self, past: Cache, seen: int) -> None:
-        """Before a decoding step: where its cache's entries come from, if some of the prompt are missing."""
-        origins = getattr(past, "focuslib_origins", None)
-        if origins is not None and origins.dropped:
-            origins.now = seen
-            self.origins = origins
+        """Before a decoding step: find what the prefill left of its cache. seen: tokens so far, dropped ones too."""
+        decoding = self.decoding = getattr(past, "focuslib_decoding", None)
+        if decoding is not None:
+            decoding.origins.now = seen
+            decoding.record.decoded += decoding.method is self.method
 
     def _leave(self, module: nn.Module, args: tuple, output) -> None:
         """After the decoder ran: close the prefill."""
@@ -237,8 +238,8 @@ class _Patch:
         prefill, layer, window = self.prefill, module.layer_idx, kwargs.get("sliding_window")
         self.reached = True
         if prefill is None:
-            if self.origins is not None:
-                mask = self.origins.step_mask(layer, q, k.shape[2], window, self.implementation)
+            if self.decoding is not None:
+                k, v, mask = self._step_entries(self.decoding, module, q, k, v, mask, kwargs)
             return self.base_attention(module, q, k, v, mask, **kwargs)
         if prefill.kept is not None and window is not None and prefill.origins.length > window:
             require_mask(self.implementation)
@@ -251,6 +252,38 @@ class _Patch:
             return self._explicit_attention(prefill, layer, q[0], k[0], v[0], scaling), None
         return self.base_attention(module, q, k, v, mask, **kwargs)
 
+    def _step_entries(self, decoding: Decoding, module: Any, q: Tensor, k: Tensor, v: Tensor, mask, kwargs: dict):
+        """In a decoding step: the keys and values [1, H_kv, R, d] that a layer sees, and the mask over them."""
+        layer, window, entries = module.layer_idx, kwargs.get("sliding_window"), k.shape[2]
+        if decoding.origins.dropped:
+            mask = decoding.origins.step_mask(layer, q, entries, window, self.implementation)
+        if decoding.method is not self.method:
+            return k, v, mask
+        decoding.layer, decoding.keys = layer, entries
+        decoding.row = partial(self._step_row, module, q, k, v, mask, kwargs)
+        rows = self.method.on_decoding(decoding, layer)
+        if rows is None:
+            return k, v, mask
+        if len(q) > 1:
+            raise UserError(f"method {self.method.name}: {len(q)} sequences after one prompt; decode one at a time")
+        if window is not None and decoding.origins.now >= window:
+            require_mask(self.implementation)
+        decoding.record.hidden += entries - len(rows)
+        return k[:, :, rows], v[:, :, rows], None if mask is None else mask[..., rows]
+
+    def _step_row(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor:
+        """A decoding step's row of attention, [H, K] float32."""
+        self._require_rows(module, q, k, v, mask, kwargs)
+        row = torch.tensor([k.shape[2] - 1 if mask is None else 0], device=q.device)  # a mask is of this row alone
+        scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        return attention_rows(q[0], k[0], row, scaling, None if mask is None else mask[0])[:, 0]
+
+    def _require_rows(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict) -> None:
+        """Raise UserError if rows of a layer's attention that are computed beside the model would be wrong."""
+        if module.layer_idx not in self.rows:
+            check_rows(module, q, k, v, mask, self.base_attention, self.implementation, kwargs)
+            self.rows.add(module.layer_idx)
+
     def _deepstack(self, own: Callable, hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
         """The decoder's own addition of visual features, to the tokens that are left."""
         if self.prefill is not None and self.prefill.kept is not None:
@@ -262,9 +295,7 @@ class _Patch:
 
     def _rows_mask(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict):
         """The mask for attention rows that are computed beside the model, [1 or H, T, T]; None: causal."""
-        if module.layer_idx not in self.rows:
-            check_rows(module, q, k, v, mask, self.base_attention, self.implementation, kwargs)
-            self.rows.add(module.layer_idx)
+        self._require_rows(module, q, k, v, mask, kwargs)
         mask = full_mask(module, q, mask, self.implementation, kwargs)
         return None if mask is None else mask[0]
 
@@ -403,14 +434,14 @@ class _LayerForward:
             return
         if self.index == 0:
             prefill.origins.padding = padding_of(mask)
-            follow(past, prefill.origins)
+            follow(past, Decoding(self.patch.method, prefill))
         prefill.origins.kept.append(prefill.kept)
         prefill.origins.shifts.append(prefill.shift)
 
     def _present(self, mask, position_ids, position_embeddings, others: dict):
         """Mask and positions of the rows still present: the model made them once, for the whole sequence."""
-        prefill, origins = self.patch.prefill, self.patch.origins
-        if prefill is None and origins is not None and (shift := origins.shifts[self.index]):
+        prefill, decoding = self.patch.prefill, self.patch.decoding
+        if prefill is None and decoding is not None and (shift := decoding.origins.shifts[self.index]):
             embeddings = shifted(self.patch.decoder, self.index, shift, position_ids, position_embeddings)
             return mask, position_ids - shift, embeddings
         if prefill is None or prefill.kept is None:

@@ -13,10 +13,24 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.grid import Grid
 from focuslib.kernels.similarity import ZERO
+from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
 from focuslib.prefill.tower import Picture, Shapes, Tower
 from focuslib.prefill.trace import BlockGeometry, Trace, TraceWriter
+
+
+@dataclass
+class Ranking:
+    """What a method ranked the visual tokens by, for views.
+
+    stage: 2 · layer if that layer was about to run, 2 · layer + 1 from its attention on. by: what the score is.
+    scores: [S] float32 (CPU); the highest stay, ∞ stays whatever comes, −∞ for tokens that are not there any more.
+    """
+
+    stage: int
+    by: str
+    scores: Tensor
 
 
 @dataclass
@@ -30,6 +44,8 @@ class PrefillRecord:
     codes: the codes of every layer and site (see trace.Trace), on disk; only when a trace was asked for.
     block: which candidates the codes count, as the method that recorded sites said.
     stats: further numbers of the method, by name. details: tensors of the method (CPU), by name, for a closer look.
+    rankings: what the method ranked the tokens by, in turn (see Prefill.note_importance).
+    decoded: tokens decoded after it. hidden: visual entries of the cache that they did not see, summed over the layers.
     """
 
     grid: Grid
@@ -43,6 +59,9 @@ class PrefillRecord:
     block: BlockGeometry = field(default_factory=BlockGeometry)
     stats: dict[str, float] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)
+    decoded: int = 0
+    hidden: int = 0
 
     def __post_init__(self):
         self.counts = Counts(self.grid.length)
@@ -52,6 +71,15 @@ class PrefillRecord:
         """1 − operations / dense operations, 0 … 1, from what each layer really computed (ops.counted_operations)."""
         counted = counted_operations(self.shape, self.attended, self.retained, self.rows)
         return 1 - counted / dense_operations(self.shape, self.grid.length)
+
+    @property
+    def decoding_sparsity(self) -> float:
+        """1 − visual entries that decoded tokens attend to / those of the dense model's cache, 0 … 1; windows aside.
+
+        Of the attention alone: what else a decoded token costs is the same in every method. 0 if none was decoded.
+        """
+        read = self.decoded * sum(self.attended) - self.hidden
+        return 1 - read / (self.decoded * self.shape.layers * self.grid.length) if self.decoded else 0.0
 
     @property
     def left(self) -> Tensor:
@@ -175,14 +203,17 @@ class Prefill:
         self._rows = visual.nonzero().squeeze(1)
         self.record.kept[layer] = self.present.cpu()
 
-    def note_importance(self, importance: Tensor) -> Tensor:
+    def note_importance(self, importance: Tensor, by: str = "score") -> Tensor:
         """Note, for views, what the visual tokens present are ranked by, [P], the highest stay; gives it back.
 
-        In details as importance, [S] float32, −∞ for tokens that are not there any more.
+        by: what the score is, in words. In the record's rankings; the last also in details as importance, [S] float32,
+        −∞ for tokens that are not there any more.
         """
         full = importance.new_full((self.grid.length,), -torch.inf, dtype=torch.float32)
         full[self.present] = importance.float()
-        self.record.details["importance"] = full.cpu()
+        self.record.details["importance"] = full = full.cpu()
+        stage = len(self.record.attended) + len(self.record.retained)
+        self.record.rankings.append(Ranking(stage, by, full))
         return importance
 
     def record_rows(self, layer: int, site: str, rows: float) -> None:
@@ -280,6 +311,13 @@ class Events(Protocol):
 
     def end(self, prefill: Prefill) -> None:
         """The prefill's last layer is done."""
+        ...
+
+    def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:
+        """In the attention of a token decoded later: the entries of the layer's cache that it sees; None for all.
+
+        [R] int64, ascending, as `decoding.keep` gives them.
+        """
         ...
 
 

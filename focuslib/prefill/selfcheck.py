@@ -78,7 +78,8 @@ def check_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     Parameters
     ----------
     module, q, k, v, mask, arguments
-        What the layer gives its attention function: q [1, H, T, d], k and v [1, H_kv, T, d], mask [1, 1 or H, T, T].
+        What the layer gives its attention function: q [1, H, T, d], k and v [1, H_kv, T, d], mask [1, 1 or H, T, T];
+        in a decoding step one query, and its row of the mask.
     base, implementation
         That function, and its name.
 
@@ -103,14 +104,16 @@ def check_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
             "takes attn_implementation='sdpa' or 'eager'"
         )
     q, k, v = q[:, :, -TOKENS:], k[:, :, -TOKENS:], v[:, :, -TOKENS:]
-    mask = None if mask is None else mask[..., -TOKENS:, -TOKENS:]
+    mask, step = None if mask is None else mask[..., -TOKENS:, -TOKENS:], q.shape[2] < k.shape[2]
     expected = base(module, q, k, v, mask, **arguments)[0][0].transpose(0, 1)  # [H, T, d]
-    mask = full_mask(module, q, mask, implementation, arguments)
-    rows = torch.arange(q.shape[2], device=q.device)
+    if not step:
+        mask = full_mask(module, q, mask, implementation, arguments)
+    first = k.shape[2] - q.shape[2] if mask is None else 0
+    rows = torch.arange(first, first + q.shape[2], device=q.device)
     scaling = arguments.get("scaling") or q.shape[-1] ** -0.5
     weights = attention_rows(q[0], k[0], rows, scaling, None if mask is None else mask[0])
     got = weights.to(v.dtype) @ v[0].repeat_interleave(q.shape[1] // v.shape[1], 0)
-    if mask is not None:  # a row of padding sees nothing, and is nothing
+    if mask is not None and not step:  # a row of padding sees nothing, and is nothing
         itself = mask[0, 0].diagonal()
         real = itself if itself.dtype == torch.bool else itself >= 0
         got, expected = got[:, real], expected[:, real]

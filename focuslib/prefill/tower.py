@@ -38,11 +38,11 @@ class Picture:
 class Tower:
     """Watches one layer of a vision tower; what it saw is kept until the tower runs again after a prefill.
 
-    merge: patches a side of one token where the tower itself merges them, in the order of its patches; else None.
+    blocks: whether the patches of one token stand together, as in towers that merge them themselves.
     order: where it reorders its tokens into windows, the place of each; else None.
     """
 
-    merge: int | None
+    blocks: bool
     base: Any = None  # the layer's own attention function
     pictures: list[Picture] = field(default_factory=list)
     order: Tensor | None = None
@@ -55,7 +55,7 @@ class Tower:
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         for index in range(len(q)):
             added = None if mask is None else mask[index]
-            self.pictures.append(see(q[index], k[index], scaling, added, cls=self.merge is None))
+            self.pictures.append(see(q[index], k[index], scaling, added, cls=not self.blocks))
         return self.base(module, q, k, v, mask, **kwargs)
 
     def reorder(self, own: Any, x: Tensor, window_index: Tensor, *args, **kwargs):
@@ -70,8 +70,10 @@ class Tower:
         """
         if not self.pictures:
             raise UserError("the vision tower was not seen at work: prepare the prompt inside the method's block")
-        if self.merge is not None:
-            return merged(self.pictures, self.merge**2, self.order, sum(rows * columns for rows, columns in shapes))
+        if self.blocks:
+            tokens = sum(rows * columns for rows, columns in shapes)
+            patches = sum(len(picture.received) for picture in self.pictures)
+            return merged(self.pictures, max(1, patches // tokens), self.order, tokens)
         if len(self.pictures) != len(shapes):
             raise UserError(
                 f"the vision tower saw {len(self.pictures)} pictures and the prompt has {len(shapes)} frames of "
@@ -99,14 +101,22 @@ def has_cls(patches: int) -> bool:
 
 
 def resized(picture: Picture, shape: tuple[int, int]) -> Picture:
-    """A picture of square patches as rows × columns of tokens, bilinearly: where it is a half, the mean of 2 × 2."""
-    side = math.isqrt(len(picture.received))
-    if side**2 != len(picture.received):
+    """A picture as rows × columns of tokens, bilinearly: where that is a half, the mean of 2 × 2 patches.
+
+    Its patches, row by row, are some n × n for each token, or a square.
+    """
+    patches = len(picture.received)
+    side = math.isqrt(patches // math.prod(shape))
+    sides = (shape[0] * side, shape[1] * side)
+    if math.prod(sides) != patches:
+        sides = (math.isqrt(patches), math.isqrt(patches))
+    if math.prod(sides) != patches:
         raise UserError(
-            f"the vision tower's {len(picture.received)} patches are no square; its attention cannot be pooled"
+            f"the vision tower's {patches} patches are no square, nor {shape[0]} × {shape[1]} tokens of some patches; "
+            "its attention cannot be pooled"
         )
-    maps = torch.cat([picture.received[:, None], picture.keys], 1).T.view(1, -1, side, side)
-    if shape != (side, side):
+    maps = torch.cat([picture.received[:, None], picture.keys], 1).T.view(1, -1, *sides)
+    if shape != sides:
         maps = F.interpolate(maps, shape, mode="bilinear")
     flat = maps[0].flatten(1).T
     return Picture(flat[:, 0], flat[:, 1:])
@@ -135,12 +145,11 @@ def watch(model: nn.Module, decoder: nn.Module, layer: int, undo: ExitStack) -> 
     attention = _attention_of(layers[layer])
     if attention is None:
         raise UserError(f"{name}: {type(layers[layer]).__name__} calls none of transformers' attention functions")
-    merge = getattr(owner, "spatial_merge_size", None)
-    tower = Tower(merge)
+    tower = Tower(blocks=hasattr(owner, "spatial_merge_size") or _unshuffles(model, owner))
     implementation = attention.config._attn_implementation
     eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     tower.base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    if implementation == "flash_attention_2" and merge is not None:
+    if implementation == "flash_attention_2" and tower.blocks:
         raise UserError(f"{name}: flash attention packs the pictures; load with attn_implementation='sdpa'")
     AttentionInterface.register("focuslib_tower", _attention)
     _watched[attention] = tower
@@ -148,7 +157,7 @@ def watch(model: nn.Module, decoder: nn.Module, layer: int, undo: ExitStack) -> 
     undo.callback(setattr, attention, "config", attention.config)
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = "focuslib_tower"
-    if merge is not None and hasattr(owner, "permute_input_for_window_attn"):  # Qwen2.5-VL
+    if hasattr(owner, "permute_input_for_window_attn"):  # Qwen2.5-VL
         own = owner.permute_input_for_window_attn
         undo.callback(delattr, owner, "permute_input_for_window_attn")
         owner.permute_input_for_window_attn = partial(tower.reorder, own)
@@ -167,12 +176,19 @@ def find_tower(model: nn.Module, decoder: nn.Module) -> tuple[str, Any, nn.Modul
     raise UserError(f"{type(model).__name__} has no vision tower whose attention can be read")
 
 
+def _unshuffles(model: nn.Module, owner: nn.Module) -> bool:
+    """Whether a tower orders its patches by the token that they become, and merges them at its end (VideoLLaMA 3)."""
+    return any(hasattr(module, "pixel_unshuffle") and owner in set(module.modules()) for module in model.modules())
+
+
 def _attention_of(layer: nn.Module) -> Any:
     """The attention inside a tower's layer."""
     found = [
         module
         for name, module in layer.named_modules()
-        if name and hasattr(vars(module).get("config"), "_attn_implementation")
+        if name
+        and "attention" in type(module).__name__.lower()
+        and hasattr(vars(module).get("config"), "_attn_implementation")
     ]
     return found[0] if found else None
 

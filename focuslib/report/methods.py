@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,7 @@ from focuslib.evaluation.statistics import (
     paired_difference,
     proportion_interval,
 )
+from focuslib.experiments.cell import Cell
 from focuslib.experiments.compare import CONTROL
 from focuslib.experiments.store import CellResult, Outcome, paired_scores
 from focuslib.explore.view import ViewData
@@ -28,29 +30,27 @@ from focuslib.report.figures import kept_rows_figure
 from focuslib.report.tables import cost_table, write_csv
 
 
-def target_of(result: CellResult) -> float:
+def target_of(cell: Cell) -> float:
     """The counted sparsity (percent) that a cell was asked to meet; nan where it ran at its own settings."""
-    settings = result.cell.settings
-    target = settings.get("target_sparsity")
-    if result.cell.method == "framefusion":
-        target = 1 - settings["cost"]
+    target = cell.settings.get("target_sparsity")
     return float("nan") if target is None else 100 * target
 
 
-def methods_table(results: list[CellResult]) -> pd.DataFrame:
+def methods_table(results: list[CellResult], failed: Mapping[Cell, str] | None = None) -> pd.DataFrame:
     """One row a (model, data set, method, target): right answers, counted sparsity, and paired differences in points.
 
     Differences to dense, and to random tokens at the same target, over the questions both answered, with 95 % half
     width and the exact McNemar p-value, Holm-corrected over the table. Agreement: answers that are the dense model's.
+    failed: cell → why it has no result (see Outcome); it is a row with that as its note.
     """
     scored = [result for result in results if result.cell.kind == "accuracy"]
     dense = {_pair(result): result for result in scored if result.cell.method == "dense"}
-    random = {(*_pair(result), target_of(result)): result for result in scored if result.cell.method == CONTROL}
+    random = {(*_pair(result), target_of(result.cell)): result for result in scored if result.cell.method == CONTROL}
     rows = []
     for result in scored:
         scores = [sample["score"] for sample in result.samples]
         low, high = proportion_interval(sum(scores), len(scores))
-        target = target_of(result)
+        target = target_of(result.cell)
         row = {
             "Model": result.cell.model, "Dataset": result.cell.dataset, "Method": result.cell.method,
             "Target": target, "Questions": len(scores), "Failed": len(result.failures),
@@ -66,6 +66,10 @@ def methods_table(results: list[CellResult]) -> pd.DataFrame:
             row["Agrees with dense"] = 100 * agreement(dense[_pair(result)], result)
         row["Note"] = "saturated" if row["Right"] >= SATURATED else ""
         rows.append(row)
+    for cell, why in (failed or {}).items():
+        if cell.kind == "accuracy":
+            row = {"Model": cell.model, "Dataset": cell.dataset, "Method": cell.method, "Target": target_of(cell)}
+            rows.append(row | {"Questions": 0, "Failed": 0, "Note": why})
     table = pd.DataFrame(rows)
     for name in ("dense", CONTROL):
         if f"p ({name})" in table:
@@ -81,22 +85,25 @@ def agreement(dense: CellResult, other: CellResult) -> float:
 
 
 def methods_average(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over the data sets, one row a (model, method, target); data sets: how many of them it was asked on."""
-    if table.empty:
+    """Means over the data sets, one row a (model, method, target); data sets: how many of them it was asked on.
+
+    Note: why it was asked on fewer of them, or none.
+    """
+    if "Right" not in table:
         return table
     columns = [c for c in ("Right", "Computation sparsity", "Minus dense", f"Minus {CONTROL}", "Agrees with dense")
                if c in table]  # fmt: skip
-    groups = table.groupby(["Model", "Method", "Target"], sort=False, dropna=False)
-    return (
-        groups[columns]
-        .mean()
-        .assign(**{"Data sets": groups.size(), "Questions": groups["Questions"].sum()})
-        .reset_index()
-    )
+    keys = ["Model", "Method", "Target"]
+    groups = table.groupby(keys, sort=False, dropna=False)
+    notes = table.assign(Why=table["Note"].where(table["Questions"] == 0)).groupby(keys, sort=False, dropna=False)
+    why = notes["Why"].agg(lambda reasons: "; ".join(dict.fromkeys(reasons.dropna())))
+    counts = {"Data sets": groups["Right"].count(), "Questions": groups["Questions"].sum(), "Note": why}
+    return groups[columns].mean().assign(**counts).reset_index()
 
 
 def methods_figure(table: pd.DataFrame) -> Figure | None:
     """Right answers over counted sparsity, a line a method, one panel a (model, data set)."""
+    table = table[table["Questions"] > 0] if len(table) else table
     if table.empty:
         return None
     panels = list(table.groupby(["Model", "Dataset"], sort=False))
@@ -138,18 +145,28 @@ def kept_by_method_figure(outcome: Outcome) -> Figure | None:
 
 def write_methods(outcome: Outcome) -> None:
     """Write methods.csv of an outcome into its folder."""
-    table = methods_table(outcome.results)
+    table = methods_table(outcome.results, outcome.failed)
     if not table.empty:
         write_csv(table.round(4), outcome.folder / "methods.csv")
 
 
+def comparison_summary(outcome: Outcome) -> str:
+    """The outcome's summary without failures that the table has a row for: of a method that cannot run here."""
+    told = {(cell.model, cell.dataset, cell.method, str(cell.settings)) for cell in outcome.failed
+            if cell.kind == "accuracy"}  # fmt: skip
+    known = {f"failed: {cell}: {why}" for cell, why in outcome.failed.items()
+             if (cell.model, cell.dataset, cell.method, str(cell.settings)) in told}  # fmt: skip
+    return "\n".join(line for line in outcome.summary().splitlines() if line not in known)
+
+
 def write_page(outcome: Outcome, path: Path, title: str) -> Path:
     """One HTML page of the comparison: tables and figures, nothing loaded from elsewhere."""
-    table = methods_table(outcome.results)
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(outcome.summary())}</pre>"]
+    table = methods_table(outcome.results, outcome.failed)
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(comparison_summary(outcome))}</pre>"]
     for heading, shown in (("Means over the data sets", methods_average(table)), ("Every data set", table),
                            ("Measured prefill", cost_table(outcome.results))):  # fmt: skip
         if not shown.empty:
+            shown = shown[sorted(shown, key=lambda name: name == "Note")]  # the widest column last
             parts += [f"<h2>{heading}</h2>", shown.to_html(index=False, float_format="%.2f", na_rep="", border=0)]
     for figure in (methods_figure(table), kept_by_method_figure(outcome)):
         if figure is not None:

@@ -16,7 +16,7 @@ from tiny_families import write_checkpoint
 from tiny_models import clip
 
 from focuslib.explore.widget import View, default_method, explore, tiny_examples
-from focuslib.methods import Focus
+from focuslib.methods import Evs, Focus, PyramidDrop
 from focuslib.models import load
 from focuslib.tasks.tinyvideo.build import write_video
 
@@ -120,6 +120,27 @@ def test_several_media_are_named(page_of, tmp_path):
         assert page.locator(".fx-frameno").text_content() == f"frame {frame + 1} of 8: {name}"
     assert len(seen) == len(names)
     page.screenshot(path=SCREENSHOTS / "page-several-media.png")
+
+
+@pytest.mark.parametrize("method", [PyramidDrop(layers=(1, 2, 4)), Evs()], ids=lambda method: method.name)
+def test_what_a_method_ranks_by(page_of, vlm, tmp_path, method):
+    """The heat map is what such a view opens with; it changes from stage to stage, and says what it shows."""
+    media, question = next(iter(tiny_examples(1).values()))
+    view = explore(vlm, media, question, method)
+    page = page_of(offline=True)
+    page.goto(view.save(tmp_path / "view.html").as_uri())
+    page.wait_for_selector(".fx-strip")
+    assert page.locator(".fx-overlay").input_value() == "ranking"
+    pixels(page, "frame")
+    page.screenshot(path=SCREENSHOTS / f"ranking-{method.name}.png")
+    seen = []
+    for ranking in view.data.recording.rankings:
+        page.evaluate(
+            "(layer) => document.querySelector('.fx').parentElement.explorer.set({layer, frame: 2})", ranking.stage // 2
+        )
+        seen.append(pixels(page, "frame"))
+        assert ranking.by in page.locator(".fx-legend").inner_text()
+    assert len(set(seen)) == len(view.data.recording.rankings) == (3 if method.name == "pyramiddrop" else 1)
 
 
 def test_redraws_are_quick(page_of, view, tmp_path):

@@ -26,6 +26,7 @@ async function readView(bytes) {
   for (const site of SITES)
     for (const name of ["codes", "similar", "zero", "follows", "mean", "steps", "above"])
       if (view.sites[site][name]) view.sites[site][name] = array(view.sites[site][name]);
+  for (const ranking of view.rankings ?? []) for (const name of ["scores", "place"]) ranking[name] = array(ranking[name]);
   if (view.links) for (const name of ["target", "kind"]) view.links[name] = array(view.links[name]);
   view.images = await Promise.all(view.pictures.files.map((file) => {
     const data = array(file);
@@ -136,6 +137,20 @@ class Reader {
     }
     return share;
   }
+  /** The ranking that is shown: the last one up to this layer and site, else the first; until: the next one's stage. */
+  ranking({ layer, site }) {
+    const { rankings } = this.view, stage = 2 * layer + (site === "gate_proj" || site === "down_proj");
+    const index = Math.max(0, rankings.findLastIndex((ranking) => ranking.stage <= stage)), found = rankings[index];
+    if (found.least === undefined) {
+      const ranked = found.scores.filter((score) => score > -Infinity), finite = ranked.filter((score) => score < Infinity);
+      const low = finite.reduce((a, b) => Math.min(a, b), Infinity), high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+      found.least = finite.length ? low.toPrecision(2) : "";
+      found.most = ranked.length > finite.length ? "always kept" : high.toPrecision(2);
+      found.count = ranked.length;
+      found.until = rankings[index + 1]?.stage ?? Infinity;
+    }
+    return found;
+  }
   /** Tokens that are merged with token p, for methods with links between whole tokens: [S] 0 or 1. */
   linked(p) {
     const { target } = this.view.links, share = new Float32Array(this.view.tokens);
@@ -201,6 +216,16 @@ const OVERLAYS = {
     colour: (r, s, p) => heat(Math.sqrt(r.view.importance[s.layer * r.view.tokens + p] / 65535)),
     legend: (r, s) => ({ low: "0", high: r.view.importance_most[s.layer].toPrecision(2), unit: "highest attention of a text token to it (square-root scale)" }),
   },
+  ranking: {
+    label: "what the method ranks by", exists: (v) => !!v.rankings?.length, all: true,
+    colour: (r, s, p) => heat(r.ranking(s).place[p] / 65535),
+    absent: (r, s, p) => r.ranking(s).place[p] === 0,
+    crossed: (r, s, p) => r.view.dropped[p] >= 0 && r.view.dropped[p] < r.ranking(s).until,
+    legend: (r, s) => {
+      const { by, stage, least, most } = r.ranking(s);
+      return { low: least, high: most, unit: `${by}, ${stage & 1 ? "in" : "before"} layer ${stage >> 1}; colours by rank; crossed: then dropped` };
+    },
+  },
   dropped: {
     label: "dropped at layer", exists: () => true, all: true,
     colour: (r, s, p) => (r.view.dropped[p] < 0 ? null : heat((r.view.dropped[p] >> 1) / Math.max(1, r.view.layers - 1))),
@@ -234,7 +259,7 @@ function prepare(canvas, width, height) {
 /** Lay a token's cell over the picture. box: x, y, width, height in pixels. */
 function paintToken(c, reader, state, p, [x, y, w, h], theme, plain) {
   const overlay = OVERLAYS[state.overlay];
-  if (!overlay.all && !reader.present(p, state.site, state.layer)) {
+  if (overlay.absent ? overlay.absent(reader, state, p) : !overlay.all && !reader.present(p, state.site, state.layer)) {
     if (state.overlay === "none") return;
     c.globalAlpha = 0.72;
     c.fillStyle = theme.dim;
@@ -260,8 +285,14 @@ function paintToken(c, reader, state, p, [x, y, w, h], theme, plain) {
   }
   const colour = overlay.colour(reader, state, p);
   if (colour === null) return;
+  const crossed = overlay.crossed?.(reader, state, p);
+  if (crossed && plain) c.globalAlpha *= 0.35;
   c.fillStyle = colour;
   c.fillRect(x, y, w, h);
+  if (!crossed || plain) return;
+  c.globalAlpha = 0.8;
+  c.strokeStyle = theme.back; c.lineWidth = 1.5;
+  c.beginPath(); c.moveTo(x, y); c.lineTo(x + w, y + h); c.moveTo(x, y + h); c.lineTo(x + w, y); c.stroke();
 }
 
 /** Stands in for a context where thousands of cells are painted: writes pixels itself, many times faster. */
@@ -481,7 +512,7 @@ function mountExplorer(element, view, state = {}, onState = () => {}) {
   const labelOf = (name) => (name === "links" ? view.links.title : OVERLAYS[name].label);
   view.floor = similarityFloor(view);
   const defaults = {
-    frame: 0, layer: 0, site: "q_proj", overlay: overlays[0], vector: -1, token: -1, opacity: 0.65, threshold: view.threshold ?? 0,
+    frame: 0, layer: 0, site: "q_proj", overlay: !view.applied && overlays.includes("ranking") ? "ranking" : overlays[0], vector: -1, token: -1, opacity: 0.65, threshold: view.threshold ?? 0,
   };
   state = valid({ ...defaults, ...state });
   let hover = -1, theme = null, destroyed = false, pending = 0, timer = 0, layerPlaces = [], plot = null, strip = null, mates = null, mateKey = "";
@@ -601,6 +632,11 @@ function mountExplorer(element, view, state = {}, onState = () => {}) {
       if (view.importance) parts.push(`prompt importance ${((view.importance[at] / 65535) * view.importance_most[layer]).toPrecision(2)}`);
       const size = mates ? mates.reduce((n, share) => n + (share > 0), 0) : 0;
       if (size > 1) parts.push(`shares a mean with ${size - 1} other token${size > 2 ? "s" : ""}`);
+    }
+    if (view.rankings?.length) {
+      const { scores, place, by, count } = reader.ranking(state);
+      const rank = `rank ${1 + count - Math.floor((count * place[p]) / 65535)} of ${count}`;
+      if (place[p]) parts.push(`${by}: ${scores[p] === Infinity ? "always kept" : `${scores[p].toPrecision(3)}, ${rank}`}`);
     }
     if (view.links) parts.push(view.links.kinds[view.links.kind[p]] + (view.links.target[p] === p ? "" : ` (token ${view.links.target[p]})`));
     return parts.join(" · ");
