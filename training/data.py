@@ -14,6 +14,9 @@ from focuslib.tasks.tinyvideo.scenes import (
     COLORS,
     DIRECTIONS,
     FRAMES,
+    LEVELS,
+    MARKS,
+    SHAPES,
     SIZE,
     Scene,
     render,
@@ -22,11 +25,14 @@ from focuslib.tasks.tinyvideo.scenes import (
 )
 from training.tokenizer import FOOTER, HEADER
 
-SLOT = 58  # tokens: the longest question with its options, instruction and answer
-TOLD = 12  # tokens more, where the answer is told before the question
+SLOT = 52  # tokens: the longest question with its options, instruction and answer
+TOLD = 11  # tokens more, where the answer is told before the question
 TYPES = tuple(CHOICES)
 WORDS = tuple(sorted({word for choice in CHOICES.values() for word in choice}))
 OBJECT_CLASSES = 1 + 2 * len(COLORS)  # background, then each colour, then each colour framed
+LOOKS = {"object_class": OBJECT_CLASSES, "shape": 1 + len(SHAPES), "mark": 1 + len(MARKS), "largest": 2}
+TOLD_LATER = {"cell": (SIZE // CELL) ** 2, "motion": 5, "appears": 8, "rank": 4, "time": 8}
+LABELS = {**LOOKS, **TOLD_LATER}  # what is told of a visual token, with its number of classes: see token_labels
 IGNORE = -100
 CELLS = np.arange((SIZE // CELL) ** 2).reshape(SIZE // CELL, -1)  # the place of a frame's 6 × 6 tokens
 CELLS_8 = CELLS.repeat(2, 0).repeat(2, 1)  # the cell of a picture's 12 × 12 tokens
@@ -40,8 +46,7 @@ class Batch:
 
     - header [H]: token ids before the clip; frames uint8 [B, F, 96, 96, 3].
     - keep int64 [B, K]: the visual tokens the decoder sees, positions 0 to S − 1, ascending.
-    - object_class, cell, motion, appears, time int64 [B, K]: labels of those tokens, see token_labels.
-    - patches int64 [B, S]: object_class of every visual token.
+    - labels: one int64 [B, K] for each name of LABELS, of those tokens; looks: one [B, S] for each of LOOKS, of all.
     - ids int64 [B, N, SLOT]; ask, answer [B, N]: where the question mark and the last prompt token stand.
     - letter, word, kind int64 [B, N]: token id of the right letter, index into WORDS, index into TYPES.
     - option_at int64 [B, N, 4]: where the options' words stand; right int64 [B, N]: which is right, 0 to 3.
@@ -51,12 +56,8 @@ class Batch:
     header: torch.Tensor
     frames: torch.Tensor
     keep: torch.Tensor
-    object_class: torch.Tensor
-    cell: torch.Tensor
-    motion: torch.Tensor
-    appears: torch.Tensor
-    time: torch.Tensor
-    patches: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    looks: dict[str, torch.Tensor]
     ids: torch.Tensor
     ask: torch.Tensor
     answer: torch.Tensor
@@ -68,32 +69,39 @@ class Batch:
     evidence: torch.Tensor
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        def move(value):
+            return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+
+        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
 
 
 def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
-    """What each visual token shows, int64 [S] each: its object's class, motion, first frame; its own place and time.
+    """What each visual token shows, int64 [S] for each name of LABELS; IGNORE where there is nothing to tell.
 
-    ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
-    Motion is told only from the fourth frame on and the first frame only of scenes with appearances: a causal decoder
+    Its object's class, shape, mark, whether it is the largest, motion, first frame, how many objects appeared before
+    it; the token's own place and time. ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
+    Motion is told only from the fourth frame on and first frames only of scenes with appearances: a causal decoder
     cannot know more. A picture has no time.
     """
     frame = np.arange(len(shown))[:, None, None]
-    colors, directions = list(COLORS), list(DIRECTIONS)
-    classes = [1 + colors.index(o.color) + len(colors) * o.framed for o in scene.objects]
-    motions = [1 + directions.index(o.motion) if o.motion else 0 for o in scene.objects]
-    appears = [o.appears for o in scene.objects]
+    colors, directions, objects = list(COLORS), list(DIRECTIONS), scene.objects
+    nothing = np.full(shown.size, IGNORE)
 
     def pick(values, empty):
-        return np.where(shown >= 0, np.array(values)[shown], empty)
+        return np.where(shown >= 0, np.array(values)[shown], empty).ravel()
 
+    moving, ordered = scene.kind == "move", scene.kind == "order"
+    appears = [o.appears for o in objects]
+    motion = pick([1 + directions.index(o.motion) if o.motion else 0 for o in objects], IGNORE)
     return {
-        "object_class": pick(classes, 0).ravel(),
+        "object_class": pick([1 + colors.index(o.color) + len(colors) * o.framed for o in objects], 0),
+        "shape": pick([1 + SHAPES.index(o.shape) for o in objects], 0),
+        "mark": pick([1 + MARKS.index(o.mark) for o in objects], 0),
+        "largest": pick([int(o.largest) for o in objects], 0) if scene.kind == "attributes" else nothing,
         "cell": (np.broadcast_to(CELLS, shown.shape) if len(shown) > 1 else as_picture(CELLS_8, IGNORE)).ravel(),
-        "motion": np.where(frame >= 3, pick(motions, IGNORE), IGNORE).ravel()
-        if scene.kind == "move"
-        else np.full(shown.size, IGNORE),
-        "appears": pick(appears, IGNORE).ravel() if scene.kind == "order" else np.full(shown.size, IGNORE),
+        "motion": np.where(np.broadcast_to(frame >= 3, shown.shape).ravel(), motion, IGNORE) if moving else nothing,
+        "appears": pick(appears, IGNORE) if ordered else nothing,
+        "rank": pick(np.argsort(np.argsort(appears)), IGNORE) if ordered else nothing,
         "time": np.broadcast_to(frame // 4 if len(shown) > 1 else IGNORE, shown.shape).ravel(),
     }
 
@@ -172,46 +180,45 @@ class Batches(IterableDataset):
 
     Args:
         kinds: scene kinds and their weights; all of one frame count.
-        shares: the shares of visual tokens to keep, one drawn a batch.
+        shares: the shares of visual tokens to keep, one drawn a batch; levels: the difficulties, one drawn a clip.
         picture: one frame of each clip, as a picture.
     """
 
     def __init__(
-        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), split="train", start=0,
-        picture=False,
+        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), levels=tuple(LEVELS),
+        split="train", start=0, seed=0, picture=False,
     ):  # fmt: skip
         if len({FRAMES[kind] for kind in kinds}) != 1:
             raise ValueError(f"tiny.data: clips of different lengths cannot share a batch: {sorted(kinds)}")
         self.slots, self.kinds, self.clips, self.asked, self.shares = Slots(tokenizer), kinds, clips, asked, shares
-        self.split, self.start, self.picture = split, start, picture
+        self.levels, self.split, self.start, self.seed, self.picture = levels, split, start, seed, picture
         self.header = torch.tensor(tokenizer(HEADER)["input_ids"])
 
     def __iter__(self):
         return map(self.batch, itertools.count(self.start))
 
     def batch(self, number: int) -> Batch:
-        rng = np.random.default_rng((2, number, *FRAMES.values(), self.clips))
+        rng = np.random.default_rng((2, self.seed, number, *FRAMES.values(), self.clips))
         names, weights = zip(*self.kinds.items(), strict=True)
         share = rng.choice(self.shares)
         rows = []
         for clip in range(self.clips):
-            scene = sample_scene(
-                self.split, str(rng.choice(names, p=np.array(weights) / sum(weights))), number * self.clips + clip
-            )
+            kind = str(rng.choice(names, p=np.array(weights) / sum(weights)))
+            index = (self.seed * 1_000_000 + number) * self.clips + clip
+            scene = sample_scene(self.split, kind, index, int(rng.choice(self.levels)))
             shown = picture_objects(scene) if self.picture else token_objects(scene)
             labels = token_labels(scene, shown)
             keep = keep_tokens(labels["object_class"], share, rng)
-            row = {name: values[keep] for name, values in labels.items()}
             rows.append(
                 {
                     "frames": render(scene)[[FRAME]] if self.picture else render(scene),
                     "keep": keep,
-                    "patches": labels["object_class"],
-                    **row,
+                    "labels": {name: values[keep] for name, values in labels.items()},
+                    "looks": {name: labels[name] for name in LOOKS},
                     **self._questions(scene, shown.ravel()[keep], rng),
                 }
             )
-        return Batch(self.header, **{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
+        return Batch(self.header, **_stack(rows))
 
     def _questions(self, scene: Scene, shown: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pool = questions(scene)
@@ -224,3 +231,13 @@ class Batches(IterableDataset):
         for row, about in zip(rows, (pool[i].about for i in order), strict=True):
             row["evidence"] = np.isin(shown, about)
         return {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "hint"}
+
+
+def _stack(rows: list[dict]) -> dict:
+    """Rows of arrays, or of dicts of arrays → tensors with a leading axis."""
+    return {
+        name: _stack([row[name] for row in rows])
+        if isinstance(rows[0][name], dict)
+        else torch.from_numpy(np.stack([row[name] for row in rows]))
+        for name in rows[0]
+    }

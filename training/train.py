@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from focuslib.tasks.tinyvideo.questions import LETTERS
-from focuslib.tasks.tinyvideo.scenes import FRAMES, SIZE
-from training.data import CELLS, IGNORE, OBJECT_CLASSES, TYPES, WORDS, Batch, Batches, Texts
-from training.model import build_model, pixels
+from focuslib.tasks.tinyvideo.scenes import FRAMES, LEVELS, SIZE
+from training.data import IGNORE, LABELS, LOOKS, TYPES, WORDS, Batch, Batches, Texts
+from training.model import build_model, fuse, pixels
 from training.muon import Muon
 from training.packed import ATTENTION, Watch, packed_forward
 from training.tokenizer import build_tokenizer
@@ -38,6 +38,7 @@ PICTURE = {"attributes": 1.0}
 # steps and later.
 KEPT_EARLY = (0.35, 0.35, 0.35, 0.5, 0.5, 1.0), (0.15, 0.15, 0.2, 0.2, 0.3, 1.0)
 KEPT_LATER = (0.35, 0.5, 0.7, 1.0, 1.0), (0.15, 0.2, 0.3, 0.5, 1.0)
+LEVELS_EARLY = (1, 1, 2, 2, 3)  # the difficulties of the first steps; later all alike
 
 
 class Heads(nn.ModuleDict):
@@ -45,12 +46,8 @@ class Heads(nn.ModuleDict):
 
     def __init__(self, hidden: int):
         sizes = {
-            "patches": OBJECT_CLASSES,
-            "object_class": OBJECT_CLASSES,
-            "cell": CELLS.size,
-            "motion": 5,
-            "appears": 8,
-            "time": 8,
+            **{f"tower_{name}": size for name, size in LOOKS.items()},
+            **LABELS,
             "word": len(WORDS),
             "right": 1,
             "label": len(LETTERS),
@@ -72,7 +69,7 @@ def losses(model, heads: Heads, batch: Batch, tower_only: bool = False) -> tuple
     B, K = batch.keep.shape
     rows = torch.arange(B, device=batch.keep.device)[:, None]
     features = visual_features(model, batch.frames)
-    terms = {"patches": F.cross_entropy(heads["patches"](features[:, :-1]).flatten(0, 1), batch.patches.flatten())}
+    terms = told(heads, "tower_", features[:, :-1], batch.looks)
     if tower_only:
         return terms, torch.zeros_like(batch.right, dtype=torch.bool)
 
@@ -87,13 +84,18 @@ def losses(model, heads: Heads, batch: Batch, tower_only: bool = False) -> tuple
     visible = columns.any(-1)  # token dropout may have taken all of a question's evidence
     terms["look"] = -torch.stack(watch.shares)[:, visible].clamp_min(1e-6).log().mean()
     seen = states[SEE][:, H : H + K]
-    for name in ("object_class", "cell", "motion", "appears", "time"):
-        labels = getattr(batch, name)
-        if (labels != IGNORE).any():
-            terms[name] = F.cross_entropy(heads[name](seen).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-
+    terms |= told(heads, "", seen, batch.labels)
     read, logits = reading(model, heads, states, prefix.shape[1], vars(batch))
     return terms | read, logits.argmax(-1) == batch.letter
+
+
+def told(heads: Heads, prefix: str, states: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The loss terms of what visual tokens' states [B, K, D] tell, a head of that name (after ``prefix``) for each."""
+    return {
+        prefix + name: F.cross_entropy(heads[prefix + name](states).flatten(0, 1), of.flatten(), ignore_index=IGNORE)
+        for name, of in labels.items()
+        if (of != IGNORE).any()
+    }
 
 
 def reading(
@@ -184,6 +186,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed).to(device)
     model.model.language_model.config._attn_implementation = ATTENTION
+    fuse(model)
     heads = Heads(model.config.text_config.hidden_size).to(device)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizers = build_optimizers(model, heads)
@@ -196,7 +199,7 @@ def train(args: argparse.Namespace) -> None:
         step, spent = state["step"], state["seconds"]
 
     def stream(kinds: dict[str, float], clips: int, shares=(1.0,), **kw) -> Batches:
-        return Batches(tokenizer, kinds, clips, args.asked, shares, **kw)
+        return Batches(tokenizer, kinds, clips, args.asked, shares, seed=args.seed, **kw)
 
     def load(dataset):
         return iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
@@ -225,10 +228,11 @@ def train(args: argparse.Namespace) -> None:
     short = pictures = long = None
     while step < args.steps:
         if short is None or step == args.told_steps:
-            kept = KEPT_EARLY if step < args.told_steps else KEPT_LATER
-            short = load(stream(SHORT, args.short, kept[0], start=step))
-            pictures = load(stream(PICTURE, args.pictures, kept[0], start=step, picture=True))
-            long = load(stream(LONG, args.long, kept[1], start=max(0, step - args.warm_steps)))
+            early = step < args.told_steps
+            kept, levels = (KEPT_EARLY, LEVELS_EARLY) if early else (KEPT_LATER, tuple(LEVELS))
+            short = load(stream(SHORT, args.short, kept[0], levels=levels, start=step))
+            pictures = load(stream(PICTURE, args.pictures, kept[0], levels=levels, start=step, picture=True))
+            long = load(stream(LONG, args.long, kept[1], levels=levels, start=max(0, step - args.warm_steps)))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, args.steps, args.lr)
         for terms, right in parts(step):
@@ -256,7 +260,8 @@ def train(args: argparse.Namespace) -> None:
             torch.save({**state, "step": step, "seconds": time.monotonic() - began}, args.out / "state.tmp")
             os.replace(args.out / "state.tmp", state_file)
             export(model, tokenizer, args.out / "checkpoint")
-            checks = {name: accuracy(model, heads, test, 3, device) for name, test in tests.items()}
+            batches = 20 if step == args.steps else 3
+            checks = {name: accuracy(model, heads, test, batches, device) for name, test in tests.items()}
             print(json.dumps({"step": step, "check": checks}), flush=True)
 
 
@@ -265,7 +270,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the run's state and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--warm-steps", type=int, default=160, help="first steps, that train tower and decoder apart")
     parser.add_argument(
         "--told-steps", type=int, default=1200, help="first steps, that also ask questions without a clip"
@@ -274,10 +279,10 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=6, help="8-frame clips a step")
     parser.add_argument("--pictures", type=int, default=3, help="pictures a step")
     parser.add_argument("--long", type=int, default=2, help="32-frame clips a step")
-    parser.add_argument("--asked", type=int, default=6, help="questions a clip")
+    parser.add_argument("--asked", type=int, default=5, help="questions a clip")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--log", type=int, default=25)
-    parser.add_argument("--check", type=int, default=200)
+    parser.add_argument("--check", type=int, default=250)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())
 

@@ -1,4 +1,4 @@
-"""Builds the benchmark's videos and questions once, into a cache folder: a minute of work, a few megabytes.
+"""Builds the benchmark's videos and questions once, into a cache folder: half a minute of work, a few megabytes.
 
 The folder's name carries a digest of everything that decides its content, so a change of the scenes never meets old
 videos.
@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -19,7 +21,8 @@ from focuslib.tasks.build_once import build_once
 from focuslib.tasks.tinyvideo.questions import TASKS, questions
 from focuslib.tasks.tinyvideo.scenes import FPS, SIZE, render, sample_scene
 
-CLIPS = {"tune": 68, "test": 160}  # clips of a task with three questions each; a task with two has half as many again
+QUESTIONS = {"tune": 240, "test": 480}  # of a task
+PER_CLIP = {"attributes": 3, "needle": 3, "move": 2, "order": 2}  # questions about a clip, of different types
 CODECS = ("libx264", "mpeg4")  # the first that this PyAV can encode
 
 
@@ -38,54 +41,67 @@ def version() -> str:
 def task_docs(task: str, split: str) -> list[dict]:
     """The questions of one task and split, dealt so that every first so many hold each question type in proportion.
 
-    Each is a dict of strings and one list: id, video (path relative to the built folder), question, options (four
-    words), answer (a letter), answer_text, question_type. Every clip is asked one question of each type it allows;
-    the right letters go round A to D, in shuffled fours, so that they are balanced.
+    Each is a dict: id, video (path relative to the built folder), question, options (four words), answer (a letter),
+    answer_text, question_type, difficulty (of the clip, 1 to 5). There are as many of each type, and of each difficulty
+    to within a clip; the right letters go round A to D in shuffled fours, and of the questions that a clip allows those
+    whose answer was rarest so far come first, so that neither letters nor words give an answer away.
     """
-    rng = np.random.default_rng((3, list(CLIPS).index(split), list(TASKS).index(task)))
+    rng = np.random.default_rng((3, list(QUESTIONS).index(split), list(TASKS).index(task)))
+    each = QUESTIONS[split] // sum(map(len, TASKS[task].values()))
     docs, positions = [], []
-    per_clip = 3 if len(TASKS[task]) == 1 else 2
     for kind, types in TASKS[task].items():
-        for index in range(3 * CLIPS[split] // per_clip // len(TASKS[task])):
+        missing = dict.fromkeys(types, each)
+        answers: Counter[tuple[str, str]] = Counter()
+        index = 0
+        while any(missing.values()):
             scene = sample_scene(split, kind, index)
-            pool = [q for q in questions(scene) if q.type in types]
-            chosen = [
-                rng.choice([i for i, q in enumerate(pool) if q.type == t])
-                for t in types
-                if any(q.type == t for q in pool)
-            ]
-            chosen += [i for i in range(len(pool)) if i not in chosen][: per_clip - len(chosen)]
-            for number, i in enumerate(chosen):
+            pool = [q for q in questions(scene) if missing.get(q.type)]
+            order = rng.permutation(len(pool)).tolist()
+            # the type that misses most first, of each type the question whose answer is rarest so far
+            order.sort(key=lambda i: (-missing[pool[i].type], answers[pool[i].type, pool[i].answer]))
+            first = {pool[i].type: i for i in reversed(order)}
+            for number, i in enumerate([i for i in order if first[pool[i].type] == i][: PER_CLIP[kind]]):
+                question = pool[i]
+                missing[question.type] -= 1
+                answers[question.type, question.answer] += 1
                 positions = positions or rng.permutation(4).tolist()
-                options, letter = pool[i].options(rng, positions.pop())
+                options, letter = question.options(rng, positions.pop())
                 docs.append(
                     {
                         "id": f"{task}-{split}-{kind}-{index:04d}-{number}",
                         "video": f"videos/{split}-{kind}-{index:04d}.mp4",
-                        "question": pool[i].text,
+                        "question": question.text,
                         "options": options,
                         "answer": letter,
-                        "answer_text": pool[i].answer,
-                        "question_type": pool[i].type,
+                        "answer_text": question.answer,
+                        "question_type": question.type,
+                        "difficulty": scene.difficulty,
                     }
                 )
+            index += 1
     return deal(docs, rng)
 
 
 def deal(docs: list[dict], rng: np.random.Generator) -> list[dict]:
-    """Shuffle questions so that a limit, which takes the first ones, is a stratified sample of their types.
+    """Shuffle questions so that a limit, which takes the first ones, is a stratified sample.
 
-    Of a type that has n of N questions, the first k hold k·n / N, to within one.
+    Of a type that has n of N questions, the first k hold k·n / N, to within one; and within a type the difficulties
+    come in proportion too.
     """
-    counts = Counter(doc["question_type"] for doc in docs)
     shuffled = [docs[i] for i in rng.permutation(len(docs))]
-    dealt: Counter[str] = Counter()
+    graded = _interleave(shuffled, lambda doc: (doc["question_type"], doc["difficulty"]))
+    return _interleave(graded, lambda doc: doc["question_type"])
+
+
+def _interleave(docs: list[dict], group: Callable[[dict], object]) -> list[dict]:
+    """Spread each group evenly over the list, without changing the order within it."""
+    counts, dealt = Counter(map(group, docs)), Counter()
     places = []
-    for doc in shuffled:
-        kind = doc["question_type"]
-        places.append(((dealt[kind] + 0.5) / counts[kind], kind))
-        dealt[kind] += 1
-    return [shuffled[i] for i in sorted(range(len(docs)), key=places.__getitem__)]
+    for doc in docs:
+        name = group(doc)
+        places.append(((dealt[name] + 0.5) / counts[name], str(name)))
+        dealt[name] += 1
+    return [docs[i] for i in sorted(range(len(docs)), key=places.__getitem__)]
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
@@ -113,13 +129,19 @@ def _fill(folder: Path) -> None:
     (folder / "videos").mkdir()
     videos = set()
     for task in TASKS:
-        for split in CLIPS:
+        for split in QUESTIONS:
             docs = task_docs(task, split)
             (folder / f"{task}_{split}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
             videos.update(d["video"] for d in docs)
-    for video in tqdm(sorted(videos), desc="building the tinyvideo benchmark", unit="clip"):
+
+    def write(video: str) -> None:
         split, kind, index = Path(video).stem.split("-")
         write_video(folder / video, render(sample_scene(split, kind, int(index))))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        written = pool.map(write, sorted(videos))
+        for _ in tqdm(written, desc="building the tinyvideo benchmark", unit="clip", total=len(videos)):
+            pass
 
 
 def load_docs(task: str, split: str, root: Path | None = None) -> list[dict]:

@@ -4,31 +4,38 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, PLACES, QUARTERS, Scene
+from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, MARKS, PLACES, QUARTERS, SHAPES, Scene
 
 LETTERS = "ABCD"
-COUNTS = ("one", "two", "three", "four")
+COUNTS = ("two", "three", "four", "five")
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 # The answer words of each question type; every question offers four of them.
 CHOICES = {
     "color_at": tuple(COLORS),
     "place_of": tuple(PLACES),
+    "shape_of": SHAPES,
+    "mark_on": MARKS,
+    "largest": tuple(COLORS),
     "count": COUNTS,
     "needle_color": tuple(COLORS),
     "needle_place": tuple(PLACES),
+    "needle_shape": SHAPES,
+    "needle_mark": MARKS,
     "needle_when": QUARTERS,
     "direction": tuple(DIRECTIONS),
     "mover": tuple(COLORS),
     "first": tuple(COLORS),
+    "second": tuple(COLORS),
+    "third": tuple(COLORS),
     "last": tuple(COLORS),
 }
 
 # Which question types make up which task, by the kind of clip they are asked about.
 TASKS = {
-    "attributes": {"attributes": ("color_at", "place_of", "count")},
-    "needle": {"needle": ("needle_color", "needle_place", "needle_when")},
-    "motion": {"move": ("direction", "mover"), "order": ("first", "last")},
+    "attributes": {"attributes": ("color_at", "place_of", "shape_of", "mark_on", "largest", "count")},
+    "needle": {"needle": ("needle_color", "needle_place", "needle_shape", "needle_mark", "needle_when")},
+    "motion": {"move": ("direction", "mover"), "order": ("first", "second", "third", "last")},
 }
 
 
@@ -66,30 +73,56 @@ def prompt(question: str, options: list[str]) -> str:
 
 def questions(scene: Scene) -> list[Question]:
     """Every question with one clear answer that can be asked about a scene, in a fixed order."""
-    colors = tuple(o.color for o in scene.objects)
-    asked = []
+    return {"attributes": _attributes, "needle": _needle, "move": _move, "order": _order}[scene.kind](scene)
+
+
+def _colors(scene: Scene) -> tuple[str, ...]:
+    return tuple(o.color for o in scene.objects)
+
+
+def _attributes(scene: Scene) -> list[Question]:
+    asked, colors = [], _colors(scene)
     for i, o in enumerate(scene.objects):
-        if o.framed:
-            name = "object with the white border"
-            quarter = QUARTERS[4 * o.appears // scene.frames]
-            asked.append(Question("needle_color", f"What color is the {name}?", o.color, (i,), colors))
-            asked.append(Question("needle_place", f"Where does the {name} appear?", str(o.place), (i,)))
-            asked.append(
-                Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,))
-            )
-        elif o.place:
-            asked.append(Question("color_at", f"What color is the object at the {o.place}?", o.color, (i,), colors))
-            asked.append(Question("place_of", f"Where is the {o.color} object?", o.place, (i,)))
-        elif o.motion:
-            asked.append(Question("direction", f"In which direction does the {o.color} object move?", o.motion, (i,)))
+        asked.append(Question("color_at", f"What color is the object at the {o.place}?", o.color, (i,), colors))
+        asked.append(Question("place_of", f"Where is the {o.color} object?", str(o.place), (i,)))
+        asked.append(Question("shape_of", f"What shape is the {o.color} object?", o.shape, (i,)))
+        asked.append(Question("mark_on", f"What mark is on the {o.color} object?", o.mark, (i,)))
+        if o.largest:
+            asked.append(Question("largest", "What color is the largest object?", o.color, (i,), colors))
     everything = tuple(range(len(scene.objects)))
-    if scene.kind == "attributes":
-        asked.append(Question("count", "How many objects are there?", COUNTS[len(scene.objects) - 1], everything))
-    movers = [i for i in everything if scene.objects[i].motion]
-    if len(movers) == 1:
-        asked.append(Question("mover", "What color is the moving object?", colors[movers[0]], tuple(movers), colors))
-    if scene.kind == "order":
-        first, *_, last = sorted(everything, key=lambda i: scene.objects[i].appears)
-        asked.append(Question("first", "What color is the object that appears first?", colors[first], (first,), colors))
-        asked.append(Question("last", "What color is the object that appears last?", colors[last], (last,), colors))
+    asked.append(Question("count", "How many objects are there?", COUNTS[len(everything) - 2], everything))
     return asked
+
+
+def _needle(scene: Scene) -> list[Question]:
+    i = next(i for i, o in enumerate(scene.objects) if o.framed)
+    o, name = scene.objects[i], "object with the white border"
+    quarter = QUARTERS[4 * o.appears // scene.frames]
+    return [
+        Question("needle_color", f"What color is the {name}?", o.color, (i,), _colors(scene)),
+        Question("needle_place", f"Where does the {name} appear?", str(o.place), (i,)),
+        Question("needle_shape", f"What shape is the {name}?", o.shape, (i,)),
+        Question("needle_mark", f"What mark is on the {name}?", o.mark, (i,)),
+        Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,)),
+    ]
+
+
+def _move(scene: Scene) -> list[Question]:
+    movers = [i for i, o in enumerate(scene.objects) if o.motion]
+    asked = []
+    for i in movers:
+        o = scene.objects[i]
+        asked.append(Question("direction", f"In which direction does the {o.color} object move?", str(o.motion), (i,)))
+    if len(movers) == 1:
+        colors = _colors(scene)
+        asked.append(Question("mover", "What color is the moving object?", colors[movers[0]], tuple(movers), colors))
+    return asked
+
+
+def _order(scene: Scene) -> list[Question]:
+    colors = _colors(scene)
+    inorder = sorted(range(len(colors)), key=lambda i: scene.objects[i].appears)
+    return [
+        Question(name, f"What color is the object that appears {name}?", colors[i], (i,), colors)
+        for name, i in zip(("first", "second", "third", "last"), inorder, strict=True)
+    ]

@@ -1,14 +1,17 @@
 """Procedural scenes of the embedded benchmark: seeded descriptions and their rendered frames.
 
-A scene is a handful of saturated objects on a muted, textured, static background. Four kinds:
+A scene is a handful of coloured objects, each with a small mark on it, on a muted, textured, static background. Four
+kinds:
 
-- ``attributes`` (8 frames): one to four objects standing at named places.
-- ``needle`` (32 frames): two ordinary objects, and one with a white border that is present for 3 or 4 frames only,
-  all of them inside one quarter of the clip.
-- ``move`` (8 frames): one or two objects cross the picture, the others stand still.
-- ``order`` (8 frames): three objects appear one after the other and stay.
+- ``attributes`` (8 frames): two to five objects standing at named places, one of them larger than the others.
+- ``needle`` (32 frames): ordinary objects, and one with a white border that is present for 1 to 4 frames only, all of
+  them inside one quarter of the clip.
+- ``move`` (8 frames): one or two objects shift, the others stand still.
+- ``order`` (8 frames): four objects appear one after the other and stay.
 
-Everything follows from ``(split, kind, index)``, so the splits are disjoint streams of random numbers.
+Each scene has a difficulty from 1 to 5 (``LEVELS``): what is asked about gets smaller, paler, shorter, nearer to the
+noise. Everything follows from ``(split, kind, index)``, so the splits are disjoint streams of random numbers; the
+difficulty goes round with the index.
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +32,8 @@ COLORS = {
     "cyan": (45, 210, 220),
     "magenta": (215, 55, 210),
 }
+SHAPES = ("disc", "square", "triangle", "diamond")
+MARKS = ("dot", "bar", "dash", "plus")
 PLACES = {
     "left": (17, 48),
     "right": (79, 48),
@@ -38,6 +43,41 @@ PLACES = {
 }  # x, y in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUARTERS = ("first", "second", "third", "last")
+BORDER = 4.0  # pixels, the white border of the needle
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a difficulty means for the renderer.
+
+    Attributes:
+        size: side or diameter of an ordinary object, in pixels; a token covers 16.
+        ratio: how many times larger the largest object of an attributes scene is.
+        contrast: the share of its colour that an object shows, the rest is background.
+        noise: standard deviation of each frame's own noise, of 255.
+        shown: frames for which the needle is present.
+        others: ordinary objects beside the needle.
+        shift: pixels that a moving object covers in a clip.
+        gap: frames between two objects' appearances, at least.
+    """
+
+    size: float
+    ratio: float
+    contrast: float
+    noise: float
+    shown: int
+    others: int
+    shift: float
+    gap: int
+
+
+LEVELS = {
+    1: Level(18.0, 1.60, 1.00, 3.0, 4, 1, 58.0, 2),
+    2: Level(16.5, 1.50, 0.85, 3.5, 3, 2, 44.0, 2),
+    3: Level(15.0, 1.42, 0.70, 4.0, 3, 2, 32.0, 1),
+    4: Level(13.5, 1.36, 0.57, 4.5, 2, 3, 22.0, 1),
+    5: Level(12.0, 1.30, 0.45, 5.0, 1, 3, 14.0, 1),
+}
 
 
 @dataclass
@@ -47,19 +87,23 @@ class Object:
     Attributes:
         path: float32 [F, 2], the centre (x, y) in pixels at every frame.
         visible: bool [F].
-        size: side or diameter in pixels.
+        shape, mark: names from SHAPES and MARKS.
+        size: side or diameter in pixels, with the border.
         place, motion: a name from PLACES or DIRECTIONS where that is what the scene says of the object, else None.
         framed: it wears a white border (the needle).
+        largest: it is larger than every other object of an attributes scene.
     """
 
     color: str
     shape: str
+    mark: str
     size: float
     path: np.ndarray
     visible: np.ndarray
     place: str | None = None
     motion: str | None = None
     framed: bool = False
+    largest: bool = False
 
     @property
     def appears(self) -> int:
@@ -69,10 +113,11 @@ class Object:
 
 @dataclass
 class Scene:
-    """What a clip shows. ``seed`` renders it; ``kind`` is a key of FRAMES."""
+    """What a clip shows. ``seed`` renders it; ``kind`` is a key of FRAMES, ``difficulty`` of LEVELS."""
 
     kind: str
-    seed: tuple[int, int, int]
+    seed: tuple[int, int, int, int]
+    difficulty: int
     objects: list[Object] = field(default_factory=list)
 
     @property
@@ -80,28 +125,38 @@ class Scene:
         return FRAMES[self.kind]
 
 
-def sample_scene(split: str, kind: str, index: int) -> Scene:
-    """The scene number ``index`` of one split and kind; the same arguments give the same scene, on any machine."""
+def sample_scene(split: str, kind: str, index: int, difficulty: int | None = None) -> Scene:
+    """The scene number ``index`` of one split and kind; the same arguments give the same scene, on any machine.
+
+    ``difficulty`` (1 to 5) goes round with the index where it is not given.
+    """
     if split not in SPLITS or kind not in FRAMES:
         raise ValueError(
             f"tinyvideo: no scenes for split {split!r}, kind {kind!r}; splits {SPLITS}, kinds {tuple(FRAMES)}"
         )
-    seed = (SPLITS.index(split), tuple(FRAMES).index(kind), index)
+    difficulty = 1 + index % len(LEVELS) if difficulty is None else difficulty
+    seed = (SPLITS.index(split), tuple(FRAMES).index(kind), index, difficulty)
     rng = np.random.default_rng((0, *seed))
-    return Scene(kind, seed, {"attributes": _attributes, "needle": _needle, "move": _move, "order": _order}[kind](rng))
+    sample = {"attributes": _attributes, "needle": _needle, "move": _move, "order": _order}[kind]
+    return Scene(kind, seed, difficulty, sample(rng, LEVELS[difficulty]))
 
 
-def _object(rng: np.random.Generator, color: str, path: np.ndarray, visible: np.ndarray | None = None, **kw) -> Object:
+def _object(
+    rng: np.random.Generator, level: Level, color: str, path: np.ndarray, visible: np.ndarray | None = None, **kw
+) -> Object:
     visible = np.ones(len(path), bool) if visible is None else visible
-    shape = ("disc", "square")[rng.integers(2)]
-    return Object(color, shape, float(rng.uniform(17, 21)), path.astype(np.float32), visible, **kw)
+    shape, mark = SHAPES[rng.integers(len(SHAPES))], MARKS[rng.integers(len(MARKS))]
+    size = level.size * float(rng.uniform(0.96, 1.04))
+    return Object(color, shape, mark, size, path.astype(np.float32), visible, **kw)
 
 
-def _standing(rng: np.random.Generator, color: str, place: str, frames: int, visible=None, **kw) -> Object:
+def _standing(
+    rng: np.random.Generator, level: Level, color: str, place: str, frames: int, visible=None, **kw
+) -> Object:
     """An object at a named place: a little beside the exact spot, and drifting by a few pixels."""
     start = np.array(PLACES[place]) + rng.uniform(-3, 3, 2)
     path = start + np.linspace(0, 1, frames)[:, None] * rng.uniform(-2, 2, 2)
-    return _object(rng, color, path, visible, place=place, **kw)
+    return _object(rng, level, color, path, visible, place=place, **kw)
 
 
 def _colors_places(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
@@ -110,24 +165,25 @@ def _colors_places(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
     )
 
 
-def _attributes(rng: np.random.Generator) -> list[Object]:
-    pairs = _colors_places(rng, int(rng.integers(1, 5)))
-    return [_standing(rng, c, p, FRAMES["attributes"]) for c, p in pairs]
+def _attributes(rng: np.random.Generator, level: Level) -> list[Object]:
+    pairs = _colors_places(rng, int(rng.integers(2, 6)))
+    objects = [_standing(rng, level, c, p, FRAMES["attributes"]) for c, p in pairs]
+    objects[0].size, objects[0].largest = level.ratio * level.size, True
+    return objects
 
 
-def _needle(rng: np.random.Generator) -> list[Object]:
+def _needle(rng: np.random.Generator, level: Level) -> list[Object]:
     frames = FRAMES["needle"]
-    (needle_color, needle_place), *others = _colors_places(rng, 3)
-    length = int(rng.integers(3, 5))
-    first = 8 * int(rng.integers(4)) + int(rng.integers(1, 8 - length))  # a frame away from both ends of its quarter
-    shown = (np.arange(frames) >= first) & (np.arange(frames) < first + length)
-    needle = _standing(rng, needle_color, needle_place, frames, shown, framed=True)
-    needle.size += 5.0  # the border takes some of the coloured area
-    return [_standing(rng, c, p, frames) for c, p in others] + [needle]
+    (needle_color, needle_place), *others = _colors_places(rng, 1 + level.others)
+    first = 8 * int(rng.integers(4)) + int(rng.integers(1, 8 - level.shown))  # a frame away from its quarter's ends
+    shown = (np.arange(frames) >= first) & (np.arange(frames) < first + level.shown)
+    needle = _standing(rng, level, needle_color, needle_place, frames, shown, framed=True)
+    needle.size += 2 * BORDER
+    return [_standing(rng, level, c, p, frames) for c, p in others] + [needle]
 
 
-def _move(rng: np.random.Generator) -> list[Object]:
-    frames, gap = FRAMES["move"], 26.0
+def _move(rng: np.random.Generator, level: Level) -> list[Object]:
+    frames, gap, margin = FRAMES["move"], 24.0, 13.0
     movers = 1 if rng.random() < 0.6 else 2
     horizontal = bool(rng.integers(2))
     names = ("left", "right") if horizontal else ("up", "down")
@@ -140,37 +196,69 @@ def _move(rng: np.random.Generator) -> list[Object]:
     for number, lane in enumerate(lanes):
         if number < movers:
             name = names[rng.integers(2)]
-            along = np.linspace(rng.uniform(13, 21), rng.uniform(75, 83), frames)
+            start = rng.uniform(margin, SIZE - margin - level.shift)
+            along = np.linspace(start, start + level.shift, frames)
             along = along if name in ("right", "down") else SIZE - along
         else:
             name, along = None, np.full(frames, rng.uniform(15, 81))
         across = np.full(frames, lane)
         path = np.stack((along, across) if horizontal else (across, along), 1)
-        objects.append(_object(rng, colors[number], path, motion=name))
+        objects.append(_object(rng, level, colors[number], path, motion=name))
     return objects
 
 
-def _order(rng: np.random.Generator) -> list[Object]:
+def _order(rng: np.random.Generator, level: Level) -> list[Object]:
+    """Four objects; the first stands there from the start, the last for a frame or more."""
     frames = FRAMES["order"]
-    second = int(rng.integers(2, 4))
-    starts = (0, second, int(rng.integers(second + 2, 7)))
+    while True:
+        starts = np.sort(rng.choice(np.arange(1, frames), 3, replace=False))
+        if np.diff(starts, prepend=0).min() >= level.gap:
+            break
     return [
-        _standing(rng, c, p, frames, np.arange(frames) >= start)
-        for (c, p), start in zip(_colors_places(rng, 3), starts, strict=True)
+        _standing(rng, level, c, p, frames, np.arange(frames) >= start)
+        for (c, p), start in zip(_colors_places(rng, 4), (0, *starts.tolist()), strict=True)
     ]
+
+
+def _inside(shape: str, dx: np.ndarray, dy: np.ndarray, half: float) -> np.ndarray:
+    """Signed distance to a shape's edge in pixels, positive inside; all shapes have about the area of the disc."""
+    if shape == "disc":
+        return 1.1 * half - np.sqrt(dx * dx + dy * dy)
+    if shape == "square":
+        return half - np.maximum(np.abs(dx), np.abs(dy))
+    if shape == "diamond":
+        return (1.4 * half - np.abs(dx) - np.abs(dy)) / np.sqrt(2)
+    return np.minimum(half - dy, (1.1 * half + dy - 2 * np.abs(dx) + 0.4 * half) / np.sqrt(5))  # triangle, tip up
 
 
 def coverage(obj: Object) -> np.ndarray:
     """How much of each pixel the object covers, float32 [F, 96, 96] in 0..1, zero where it is not visible."""
+    return _cover(obj, obj.size / 2)
+
+
+def _cover(obj: Object, half: float) -> np.ndarray:
+    dx, dy = _offsets(obj)
+    return np.clip(_inside(obj.shape, dx, dy, half) + 0.5, 0, 1) * obj.visible[:, None, None]
+
+
+def _offsets(obj: Object) -> tuple[np.ndarray, np.ndarray]:
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
-    dx = axis[None, None, :] - obj.path[:, 0, None, None]
-    dy = axis[None, :, None] - obj.path[:, 1, None, None]
-    half = obj.size / 2
-    if obj.shape == "disc":
-        inside = 1.1 * half - np.sqrt(dx * dx + dy * dy)
-    else:
-        inside = half - np.maximum(np.abs(dx), np.abs(dy))
-    return np.clip(inside + 0.5, 0, 1) * obj.visible[:, None, None]
+    return axis[None, None, :] - obj.path[:, 0, None, None], axis[None, :, None] - obj.path[:, 1, None, None]
+
+
+def _mark(obj: Object, half: float) -> np.ndarray:
+    """How much of each pixel the object's mark covers, float32 [F, 96, 96]: a stroke a tenth of ``half``s wide."""
+    dx, dy = _offsets(obj)
+    long, thin = 0.55 * half, max(0.17 * half, 1.0)
+    bar = np.minimum(thin - np.abs(dx), long - np.abs(dy))
+    dash = np.minimum(thin - np.abs(dy), long - np.abs(dx))
+    inside = {
+        "dot": 0.38 * half - np.sqrt(dx * dx + dy * dy),
+        "bar": bar,
+        "dash": dash,
+        "plus": np.maximum(bar, dash),
+    }[obj.mark]
+    return np.clip(inside + 0.5, 0, 1)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -187,25 +275,26 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 def render(scene: Scene) -> np.ndarray:
     """The frames of a scene, uint8 [F, 96, 96, 3] RGB, with a little sensor noise of their own each."""
     rng = np.random.default_rng((1, *scene.seed))
+    level = LEVELS[scene.difficulty]
     frames = np.repeat(_background(rng)[None], scene.frames, 0)
     for obj in scene.objects:
         shown = np.flatnonzero(obj.visible)
-        alpha = coverage(obj)[shown, ..., None]
+        seen = Object(obj.color, obj.shape, obj.mark, obj.size, obj.path[shown], obj.visible[shown])
+        half = obj.size / 2 - BORDER * obj.framed
         color = np.array(COLORS[obj.color], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+        color = color + _mark(seen, half)[..., None] * (250.0 * (color.mean() < 140) - color)  # white, or black on pale
         if obj.framed:
-            inner = Object(obj.color, obj.shape, obj.size - 9, obj.path, obj.visible)
-            filling = coverage(inner)[shown, ..., None]
-            color = 245 * (1 - filling) + color * filling
-        frames[shown] += alpha * (color - frames[shown])
-    frames += 3 * rng.standard_normal(frames.shape, dtype=np.float32)
+            color = 245 + _cover(seen, half)[..., None] * (color - 245)
+        frames[shown] += level.contrast * coverage(seen)[..., None] * (color - frames[shown])
+    frames += level.noise * rng.standard_normal(frames.shape, dtype=np.float32)
     return np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
 
 def token_objects(scene: Scene, cell: int = CELL) -> np.ndarray:
     """Which object each visual token shows, int64 [F, 96 / cell, 96 / cell]: an index into ``scene.objects``, or −1.
 
-    A token shows an object that covers more than a quarter of its ``cell`` × ``cell`` pixels; −1 is background.
+    A token shows an object that covers more than an eighth of its ``cell`` × ``cell`` pixels; −1 is background.
     """
     cells = SIZE // cell
     share = np.stack([coverage(o).reshape(scene.frames, cells, cell, cells, cell).mean((2, 4)) for o in scene.objects])
-    return np.where(share.max(0) > 0.25, share.argmax(0), -1)
+    return np.where(share.max(0) > 0.125, share.argmax(0), -1)
