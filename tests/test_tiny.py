@@ -54,7 +54,8 @@ def test_training_batches_are_reproducible():
         stream = Batches(build_tokenizer(), {"move": 0.5, "order": 0.5}, clips=2, asked=3, shares=(0.5, 1.0))
         return vars(stream.batch(3)).values()
 
-    assert all(torch.equal(a, b) for a, b in zip(tensors(), tensors(), strict=True))
+    for a, b in zip(tensors(), tensors(), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) if isinstance(a, dict) else a.equal(b)
 
 
 @torch.no_grad()
@@ -66,9 +67,10 @@ def test_training_pictures_are_read_as_the_adapter_reads_images():
         inputs = vlm.prepare(picture.numpy(), "What color is it?")
         visual = inputs.tensors["inputs_embeds"][0, inputs.grid.start : inputs.grid.stop]
         assert torch.allclose(visual, expected, atol=1e-5)
-    assert batch.patches.shape[1] + 1 == features.shape[1] == 144 + 12 * 13
-    rows = F.pad(batch.patches[:, 144:], (0, 1)).view(2, 12, 13)
-    assert torch.equal(rows[..., :12], batch.patches[:, :144].view(2, 12, 12)) and not rows[..., 12].any()
+    patches = batch.looks["object_class"]
+    assert patches.shape[1] + 1 == features.shape[1] == 144 + 12 * 13
+    rows = F.pad(patches[:, 144:], (0, 1)).view(2, 12, 13)
+    assert torch.equal(rows[..., :12], patches[:, :144].view(2, 12, 12)) and not rows[..., 12].any()
 
 
 @pytest.fixture(scope="module")
