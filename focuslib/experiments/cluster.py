@@ -9,13 +9,12 @@ from typing import Any
 
 from focuslib.errors import UserError, needs_extra
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.engine import DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
+from focuslib.experiments.engine import AHEAD, DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
 from focuslib.experiments.identity import package_versions, source_digest
 from focuslib.experiments.shards import Model, Shard
 from focuslib.experiments.worker import Worker
 from focuslib.models.base import Needs
 
-AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
 STARTS = 3  # of a worker, one after another, before it is given up
 PAUSE = 1.0  # seconds after which to look whether a node has come
 
@@ -126,11 +125,8 @@ class RayEngine:
         yield shard, message
 
     def _take_back(self, hand: _Hand, queue: Queue, shards: list[Shard]) -> None:
-        """Put what a worker was given back into the queue."""
-        for shard in reversed(shards):
-            queue.put(shard, first=True)
+        queue.take_back(shards, hand.holds)
         hand.given.clear()
-        queue.let_go(hand.holds)
         hand.holds = None
         self.running.pop(hand.name, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from focuslib.experiments.finish import one_line
 from focuslib.experiments.shards import Model, Shard, needs_of
 from focuslib.models.base import Needs
 
+AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
 DIED = "its process died, perhaps for want of memory; run again, with fewer workers"
 
 
@@ -142,6 +143,12 @@ class Queue:
         shard = self._waiting[chosen].popleft()
         self._seconds[chosen] -= shard.expected
         return shard
+
+    def take_back(self, shards: Sequence[Shard], holds: Model | None) -> None:
+        """What a worker that ended was given and did not answer, in its order, before all others; and its model."""
+        for shard in reversed(shards):
+            self.put(shard, first=True)
+        self.let_go(holds)
 
     def let_go(self, model: Model | None) -> None:
         """A worker holds this model no longer: it took another, or it ended."""

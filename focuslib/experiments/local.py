@@ -14,11 +14,9 @@ from threading import Thread
 
 import torch
 
-from focuslib.experiments.engine import DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
+from focuslib.experiments.engine import AHEAD, DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
 from focuslib.experiments.shards import Model, Shard
 from focuslib.experiments.worker import Worker
-
-AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and CUDA forbids it
 
@@ -102,11 +100,8 @@ class LocalEngine:
         yield shard, message
 
     def _take_back(self, hand: _Hand, queue: Queue) -> None:
-        """Put what a worker was given back into the queue."""
-        for shard in reversed(hand.given):
-            queue.put(shard, first=True)
+        queue.take_back(hand.given, hand.holds)
         hand.given.clear()
-        queue.let_go(hand.holds)
         hand.holds = None
         self.running.pop(hand.name, None)
 
