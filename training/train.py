@@ -270,10 +270,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the run's state and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--warm-steps", type=int, default=160, help="first steps, that train tower and decoder apart")
     parser.add_argument(
-        "--told-steps", type=int, default=1200, help="first steps, that also ask questions without a clip"
+        "--told-steps", type=int, default=1000, help="first steps, that also ask questions without a clip"
     )
     parser.add_argument("--texts", type=int, default=48, help="questions without a clip a warm step")
     parser.add_argument("--short", type=int, default=6, help="8-frame clips a step")
