@@ -11,7 +11,7 @@ from focuslib.paths import params_folder, read_yaml
 from focuslib.tasks.tinyvideo import build as builder
 from focuslib.tasks.tinyvideo.build import load_docs, task_docs, write_video
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, TASKS, prompt, questions
-from focuslib.tasks.tinyvideo.scenes import FRAMES, LEVELS, PLACES, render, sample_scene, token_objects
+from focuslib.tasks.tinyvideo.scenes import BORDERS, FRAMES, LEVELS, PLACES, render, sample_scene, token_objects
 
 
 def decode(path: Path) -> np.ndarray:
@@ -98,15 +98,20 @@ def test_answers_follow_from_what_the_clip_shows():
         scene = sample_scene("tune", "needle", index)
         shown = token_objects(scene)
         assert scene.difficulty == 1 + index % 5
-        needle = next(i for i, o in enumerate(scene.objects) if o.framed)
-        frames, rows, columns = np.nonzero(shown == needle)
-        answers = {q.type: q.answer for q in questions(scene)}
-        quarters = set((frames // 8).tolist())
-        assert quarters == {CHOICES["needle_when"].index(answers["needle_when"])}
-        x, y = 16 * columns.mean() + 8, 16 * rows.mean() + 8
-        nearest = min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - x, PLACES[p][1] - y))
-        assert nearest == answers["needle_place"] and scene.objects[needle].color == answers["needle_color"]
-        assert len(set(frames.tolist())) == LEVELS[scene.difficulty].shown
+        first = {}
+        for border in BORDERS:
+            needle = next(i for i, o in enumerate(scene.objects) if o.border == border)
+            frames, rows, columns = np.nonzero(shown == needle)
+            answers = {q.type: q.answer for q in questions(scene) if f" {border} border" in q.text}
+            quarters = set((frames // 8).tolist())
+            assert quarters == {CHOICES["needle_when"].index(answers["needle_when"])}
+            assert len(set(frames.tolist())) == LEVELS[scene.difficulty].shown
+            x, y = 16 * columns.mean() + 8, 16 * rows.mean() + 8
+            nearest = min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - x, PLACES[p][1] - y))
+            assert nearest == answers["needle_place"] and scene.objects[needle].color == answers["needle_color"]
+            first[answers["needle_color"]] = frames.min()
+        asked = next(q for q in questions(scene) if q.type == "needle_first")
+        assert asked.answer == min(first, key=first.__getitem__)
 
         scene = sample_scene("tune", "move", index)
         moved = {o.color: o.path[-1] - o.path[0] for o in scene.objects}

@@ -10,13 +10,12 @@ from torch.utils.data import IterableDataset
 from focuslib.tasks.tinyimage.build import FRAME
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, Question, prompt, questions
 from focuslib.tasks.tinyvideo.scenes import (
+    BORDERS,
     CELL,
     COLORS,
     DIRECTIONS,
     FRAMES,
     LEVELS,
-    MARKS,
-    SHAPES,
     SIZE,
     Scene,
     render,
@@ -26,11 +25,11 @@ from focuslib.tasks.tinyvideo.scenes import (
 from training.tokenizer import FOOTER, HEADER
 
 SLOT = 52  # tokens: the longest question with its options, instruction and answer
-TOLD = 11  # tokens more, where the answer is told before the question
+TOLD = 10  # tokens more, where the answer is told before the question
 TYPES = tuple(CHOICES)
 WORDS = tuple(sorted({word for choice in CHOICES.values() for word in choice}))
-OBJECT_CLASSES = 1 + 2 * len(COLORS)  # background, then each colour, then each colour framed
-LOOKS = {"object_class": OBJECT_CLASSES, "shape": 1 + len(SHAPES), "mark": 1 + len(MARKS), "largest": 2}
+OBJECT_CLASSES = 1 + (1 + len(BORDERS)) * len(COLORS)  # background, then each colour without border, with each border
+LOOKS = {"object_class": OBJECT_CLASSES, "dot": len(COLORS), "largest": 2}
 TOLD_LATER = {"cell": (SIZE // CELL) ** 2, "motion": 5, "appears": 8, "rank": 4, "time": 8}
 LABELS = {**LOOKS, **TOLD_LATER}  # what is told of a visual token, with its number of classes: see token_labels
 IGNORE = -100
@@ -78,8 +77,8 @@ class Batch:
 def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
     """What each visual token shows, int64 [S] for each name of LABELS; IGNORE where there is nothing to tell.
 
-    Its object's class, shape, mark, whether it is the largest, motion, first frame, how many objects appeared before
-    it; the token's own place and time. ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
+    Its object's class, dot, whether it is the largest, motion, first frame, how many of its kind appeared before it;
+    the token's own place and time. ``shown`` is ``token_objects(scene)`` or ``picture_objects(scene)``.
     Motion is told only from the fourth frame on and first frames only of scenes with appearances: a causal decoder
     cannot know more. A picture has no time.
     """
@@ -92,16 +91,21 @@ def token_labels(scene: Scene, shown: np.ndarray) -> dict[str, np.ndarray]:
 
     moving, ordered = scene.kind == "move", scene.kind == "order"
     appears = [o.appears for o in objects]
+    classes = [1 + colors.index(o.color) + len(colors) * (None, *BORDERS).index(o.border) for o in objects]
     motion = pick([1 + directions.index(o.motion) if o.motion else 0 for o in objects], IGNORE)
+    if scene.kind == "needle":
+        events = [o.appears for o in objects if o.border]
+        rank = pick([sorted(events).index(o.appears) if o.border else IGNORE for o in objects], IGNORE)
+    else:
+        rank = pick(np.argsort(np.argsort(appears)), IGNORE) if ordered else nothing
     return {
-        "object_class": pick([1 + colors.index(o.color) + len(colors) * o.framed for o in objects], 0),
-        "shape": pick([1 + SHAPES.index(o.shape) for o in objects], 0),
-        "mark": pick([1 + MARKS.index(o.mark) for o in objects], 0),
+        "object_class": pick(classes, 0),
+        "dot": pick([colors.index(o.dot) for o in objects], IGNORE),
         "largest": pick([int(o.largest) for o in objects], 0) if scene.kind == "attributes" else nothing,
         "cell": (np.broadcast_to(CELLS, shown.shape) if len(shown) > 1 else as_picture(CELLS_8, IGNORE)).ravel(),
         "motion": np.where(np.broadcast_to(frame >= 3, shown.shape).ravel(), motion, IGNORE) if moving else nothing,
         "appears": pick(appears, IGNORE) if ordered else nothing,
-        "rank": pick(np.argsort(np.argsort(appears)), IGNORE) if ordered else nothing,
+        "rank": rank,
         "time": np.broadcast_to(frame // 4 if len(shown) > 1 else IGNORE, shown.shape).ravel(),
     }
 
@@ -122,7 +126,7 @@ def as_picture(patches: np.ndarray, newline: int) -> np.ndarray:
 
 
 def keep_tokens(object_class: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Token dropout: a random ``share`` of a clip's visual tokens, ascending, objects preferred, framed ones most."""
+    """Token dropout: a random ``share`` of a clip's visual tokens, ascending, objects preferred, bordered ones most."""
     score = rng.random(object_class.size) + 0.5 * (object_class > 0) + 0.5 * (object_class > len(COLORS))
     return np.sort(np.argsort(-score)[: round(share * object_class.size)])
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, MARKS, PLACES, QUARTERS, SHAPES, Scene
+from focuslib.tasks.tinyvideo.scenes import COLORS, DIRECTIONS, PLACES, QUARTERS, Scene
 
 LETTERS = "ABCD"
 COUNTS = ("two", "three", "four", "five")
@@ -14,15 +14,15 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 CHOICES = {
     "color_at": tuple(COLORS),
     "place_of": tuple(PLACES),
-    "shape_of": SHAPES,
-    "mark_on": MARKS,
+    "dot_on": tuple(COLORS),
+    "with_dot": tuple(COLORS),
     "largest": tuple(COLORS),
     "count": COUNTS,
     "needle_color": tuple(COLORS),
     "needle_place": tuple(PLACES),
-    "needle_shape": SHAPES,
-    "needle_mark": MARKS,
+    "needle_dot": tuple(COLORS),
     "needle_when": QUARTERS,
+    "needle_first": tuple(COLORS),
     "direction": tuple(DIRECTIONS),
     "mover": tuple(COLORS),
     "first": tuple(COLORS),
@@ -33,8 +33,8 @@ CHOICES = {
 
 # Which question types make up which task, by the kind of clip they are asked about.
 TASKS = {
-    "attributes": {"attributes": ("color_at", "place_of", "shape_of", "mark_on", "largest", "count")},
-    "needle": {"needle": ("needle_color", "needle_place", "needle_shape", "needle_mark", "needle_when")},
+    "attributes": {"attributes": ("color_at", "place_of", "dot_on", "with_dot", "largest", "count")},
+    "needle": {"needle": ("needle_color", "needle_place", "needle_dot", "needle_when", "needle_first")},
     "motion": {"move": ("direction", "mover"), "order": ("first", "second", "third", "last")},
 }
 
@@ -81,12 +81,12 @@ def _colors(scene: Scene) -> tuple[str, ...]:
 
 
 def _attributes(scene: Scene) -> list[Question]:
-    asked, colors = [], _colors(scene)
+    asked, colors, dots = [], _colors(scene), tuple(o.dot for o in scene.objects)
     for i, o in enumerate(scene.objects):
         asked.append(Question("color_at", f"What color is the object at the {o.place}?", o.color, (i,), colors))
         asked.append(Question("place_of", f"Where is the {o.color} object?", str(o.place), (i,)))
-        asked.append(Question("shape_of", f"What shape is the {o.color} object?", o.shape, (i,)))
-        asked.append(Question("mark_on", f"What mark is on the {o.color} object?", o.mark, (i,)))
+        asked.append(Question("dot_on", f"What color is the dot on the {o.color} object?", o.dot, (i,), dots))
+        asked.append(Question("with_dot", f"What color is the object with the {o.dot} dot?", o.color, (i,), colors))
         if o.largest:
             asked.append(Question("largest", "What color is the largest object?", o.color, (i,), colors))
     everything = tuple(range(len(scene.objects)))
@@ -95,16 +95,18 @@ def _attributes(scene: Scene) -> list[Question]:
 
 
 def _needle(scene: Scene) -> list[Question]:
-    i = next(i for i, o in enumerate(scene.objects) if o.framed)
-    o, name = scene.objects[i], "object with the white border"
-    quarter = QUARTERS[4 * o.appears // scene.frames]
-    return [
-        Question("needle_color", f"What color is the {name}?", o.color, (i,), _colors(scene)),
-        Question("needle_place", f"Where does the {name} appear?", str(o.place), (i,)),
-        Question("needle_shape", f"What shape is the {name}?", o.shape, (i,)),
-        Question("needle_mark", f"What mark is on the {name}?", o.mark, (i,)),
-        Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,)),
-    ]
+    asked, colors, dots = [], _colors(scene), tuple(o.dot for o in scene.objects)
+    bordered = [(i, o) for i, o in enumerate(scene.objects) if o.border]
+    for i, o in bordered:
+        name, quarter = f"object with the {o.border} border", QUARTERS[4 * o.appears // scene.frames]
+        asked.append(Question("needle_color", f"What color is the {name}?", o.color, (i,), colors))
+        asked.append(Question("needle_place", f"Where does the {name} appear?", str(o.place), (i,)))
+        asked.append(Question("needle_dot", f"What color is the dot on the {name}?", o.dot, (i,), dots))
+        asked.append(Question("needle_when", f"In which quarter of the video does the {name} appear?", quarter, (i,)))
+    i, first = min(bordered, key=lambda each: each[1].appears)
+    about = "What color is the object with a border that appears first?"
+    asked.append(Question("needle_first", about, first.color, (i,), colors))
+    return asked
 
 
 def _move(scene: Scene) -> list[Question]:

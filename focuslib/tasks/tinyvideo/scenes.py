@@ -1,11 +1,11 @@
 """Procedural scenes of the embedded benchmark: seeded descriptions and their rendered frames.
 
-A scene is a handful of coloured objects, each with a small mark on it, on a muted, textured, static background. Four
-kinds:
+A scene is a handful of coloured objects, each with a small dot of another colour on it, on a muted, textured, static
+background. Four kinds:
 
 - ``attributes`` (8 frames): two to five objects standing at named places, one of them larger than the others.
-- ``needle`` (32 frames): ordinary objects, and one with a white border that is present for 1 to 4 frames only, all of
-  them inside one quarter of the clip.
+- ``needle`` (32 frames): ordinary objects, and two that are present for 1 to 4 frames only, each inside another quarter
+  of the clip; one has a white border, one a black one.
 - ``move`` (8 frames): one or two objects shift, the others stand still.
 - ``order`` (8 frames): four objects appear one after the other and stay.
 
@@ -14,7 +14,7 @@ noise. Everything follows from ``(split, kind, index)``, so the splits are disjo
 difficulty goes round with the index.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,8 +32,7 @@ COLORS = {
     "cyan": (45, 210, 220),
     "magenta": (215, 55, 210),
 }
-SHAPES = ("disc", "square", "triangle", "diamond")
-MARKS = ("dot", "bar", "dash", "plus")
+BORDERS = {"white": 245, "black": 8}
 PLACES = {
     "left": (17, 48),
     "right": (79, 48),
@@ -43,7 +42,8 @@ PLACES = {
 }  # x, y in pixels
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUARTERS = ("first", "second", "third", "last")
-BORDER = 4.0  # pixels, the white border of the needle
+BORDER = 4.0  # pixels
+DOT = 0.36  # the size of a dot, of its object's
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Level:
         ratio: how many times larger the largest object of an attributes scene is.
         contrast: the share of its colour that an object shows, the rest is background.
         noise: standard deviation of each frame's own noise, of 255.
-        shown: frames for which the needle is present.
-        others: ordinary objects beside the needle.
+        shown: frames for which a bordered object is present.
+        others: ordinary objects beside the two.
         shift: pixels that a moving object covers in a clip.
         gap: frames between two objects' appearances, at least.
     """
@@ -73,9 +73,9 @@ class Level:
 
 LEVELS = {
     1: Level(18.0, 1.60, 1.00, 3.0, 4, 1, 58.0, 2),
-    2: Level(16.5, 1.50, 0.85, 3.5, 3, 2, 44.0, 2),
+    2: Level(16.5, 1.50, 0.85, 3.5, 3, 1, 44.0, 2),
     3: Level(15.0, 1.42, 0.70, 4.0, 3, 2, 32.0, 1),
-    4: Level(13.5, 1.36, 0.57, 4.5, 2, 3, 22.0, 1),
+    4: Level(13.5, 1.36, 0.57, 4.5, 2, 2, 22.0, 1),
     5: Level(12.0, 1.30, 0.45, 5.0, 1, 3, 14.0, 1),
 }
 
@@ -87,22 +87,22 @@ class Object:
     Attributes:
         path: float32 [F, 2], the centre (x, y) in pixels at every frame.
         visible: bool [F].
-        shape, mark: names from SHAPES and MARKS.
+        dot: the colour of the dot on it, from COLORS.
         size: side or diameter in pixels, with the border.
         place, motion: a name from PLACES or DIRECTIONS where that is what the scene says of the object, else None.
-        framed: it wears a white border (the needle).
+        border: a name from BORDERS, or None.
         largest: it is larger than every other object of an attributes scene.
     """
 
     color: str
+    dot: str
     shape: str
-    mark: str
     size: float
     path: np.ndarray
     visible: np.ndarray
     place: str | None = None
     motion: str | None = None
-    framed: bool = False
+    border: str | None = None
     largest: bool = False
 
     @property
@@ -141,45 +141,54 @@ def sample_scene(split: str, kind: str, index: int, difficulty: int | None = Non
     return Scene(kind, seed, difficulty, sample(rng, LEVELS[difficulty]))
 
 
+def _colors(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
+    """n pairs of colours, an object's and its dot's: no colour is twice among either, none is in both of a pair."""
+    while True:
+        pairs = list(zip(*(rng.permutation(list(COLORS))[:n].tolist() for _ in range(2)), strict=True))
+        if all(color != dot for color, dot in pairs):
+            return pairs
+
+
 def _object(
-    rng: np.random.Generator, level: Level, color: str, path: np.ndarray, visible: np.ndarray | None = None, **kw
-) -> Object:
+    rng: np.random.Generator, level: Level, colors: tuple[str, str], path: np.ndarray,
+    visible: np.ndarray | None = None, **kw
+) -> Object:  # fmt: skip
     visible = np.ones(len(path), bool) if visible is None else visible
-    shape, mark = SHAPES[rng.integers(len(SHAPES))], MARKS[rng.integers(len(MARKS))]
-    size = level.size * float(rng.uniform(0.96, 1.04))
-    return Object(color, shape, mark, size, path.astype(np.float32), visible, **kw)
+    shape, size = ("disc", "square")[rng.integers(2)], level.size * float(rng.uniform(0.96, 1.04))
+    return Object(*colors, shape, size, path.astype(np.float32), visible, **kw)
 
 
 def _standing(
-    rng: np.random.Generator, level: Level, color: str, place: str, frames: int, visible=None, **kw
+    rng: np.random.Generator, level: Level, colors: tuple[str, str], place: str, frames: int, visible=None, **kw
 ) -> Object:
     """An object at a named place: a little beside the exact spot, and drifting by a few pixels."""
     start = np.array(PLACES[place]) + rng.uniform(-3, 3, 2)
     path = start + np.linspace(0, 1, frames)[:, None] * rng.uniform(-2, 2, 2)
-    return _object(rng, level, color, path, visible, place=place, **kw)
+    return _object(rng, level, colors, path, visible, place=place, **kw)
 
 
-def _colors_places(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
-    return list(
-        zip(rng.permutation(list(COLORS))[:n].tolist(), rng.permutation(list(PLACES))[:n].tolist(), strict=True)
-    )
+def _places(rng: np.random.Generator, n: int) -> list[str]:
+    return rng.permutation(list(PLACES))[:n].tolist()
 
 
 def _attributes(rng: np.random.Generator, level: Level) -> list[Object]:
-    pairs = _colors_places(rng, int(rng.integers(2, 6)))
+    n = int(rng.integers(2, 6))
+    pairs = zip(_colors(rng, n), _places(rng, n), strict=True)
     objects = [_standing(rng, level, c, p, FRAMES["attributes"]) for c, p in pairs]
     objects[0].size, objects[0].largest = level.ratio * level.size, True
     return objects
 
 
 def _needle(rng: np.random.Generator, level: Level) -> list[Object]:
-    frames = FRAMES["needle"]
-    (needle_color, needle_place), *others = _colors_places(rng, 1 + level.others)
-    first = 8 * int(rng.integers(4)) + int(rng.integers(1, 8 - level.shown))  # a frame away from its quarter's ends
-    shown = (np.arange(frames) >= first) & (np.arange(frames) < first + level.shown)
-    needle = _standing(rng, level, needle_color, needle_place, frames, shown, framed=True)
-    needle.size += 2 * BORDER
-    return [_standing(rng, level, c, p, frames) for c, p in others] + [needle]
+    frames, n = FRAMES["needle"], 2 + level.others
+    colors, places, needles = _colors(rng, n), _places(rng, n), []
+    for border, quarter in zip(BORDERS, rng.permutation(4)[:2].tolist(), strict=True):
+        first = 8 * quarter + int(rng.integers(1, 8 - level.shown))  # a frame away from its quarter's ends
+        shown = (np.arange(frames) >= first) & (np.arange(frames) < first + level.shown)
+        needle = _standing(rng, level, colors.pop(), places.pop(), frames, shown, border=border)
+        needle.size += 2 * BORDER
+        needles.append(needle)
+    return [_standing(rng, level, c, p, frames) for c, p in zip(colors, places, strict=True)] + needles
 
 
 def _move(rng: np.random.Generator, level: Level) -> list[Object]:
@@ -187,7 +196,7 @@ def _move(rng: np.random.Generator, level: Level) -> list[Object]:
     movers = 1 if rng.random() < 0.6 else 2
     horizontal = bool(rng.integers(2))
     names = ("left", "right") if horizontal else ("up", "down")
-    colors = rng.permutation(list(COLORS)).tolist()
+    colors = _colors(rng, 3)
     while True:  # lanes far enough apart, the movers' first
         lanes = rng.uniform(15, 81, 3 if movers == 1 else 2)
         if np.diff(np.sort(lanes)).min() >= gap:
@@ -216,49 +225,24 @@ def _order(rng: np.random.Generator, level: Level) -> list[Object]:
             break
     return [
         _standing(rng, level, c, p, frames, np.arange(frames) >= start)
-        for (c, p), start in zip(_colors_places(rng, 4), (0, *starts.tolist()), strict=True)
+        for c, p, start in zip(_colors(rng, 4), _places(rng, 4), (0, *starts.tolist()), strict=True)
     ]
-
-
-def _inside(shape: str, dx: np.ndarray, dy: np.ndarray, half: float) -> np.ndarray:
-    """Signed distance to a shape's edge in pixels, positive inside; all shapes have about the area of the disc."""
-    if shape == "disc":
-        return 1.1 * half - np.sqrt(dx * dx + dy * dy)
-    if shape == "square":
-        return half - np.maximum(np.abs(dx), np.abs(dy))
-    if shape == "diamond":
-        return (1.4 * half - np.abs(dx) - np.abs(dy)) / np.sqrt(2)
-    return np.minimum(half - dy, (1.1 * half + dy - 2 * np.abs(dx) + 0.4 * half) / np.sqrt(5))  # triangle, tip up
 
 
 def coverage(obj: Object) -> np.ndarray:
     """How much of each pixel the object covers, float32 [F, 96, 96] in 0..1, zero where it is not visible."""
-    return _cover(obj, obj.size / 2)
+    return _cover(obj, obj.shape, obj.size / 2)
 
 
-def _cover(obj: Object, half: float) -> np.ndarray:
-    dx, dy = _offsets(obj)
-    return np.clip(_inside(obj.shape, dx, dy, half) + 0.5, 0, 1) * obj.visible[:, None, None]
-
-
-def _offsets(obj: Object) -> tuple[np.ndarray, np.ndarray]:
+def _cover(obj: Object, shape: str, half: float) -> np.ndarray:
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
-    return axis[None, None, :] - obj.path[:, 0, None, None], axis[None, :, None] - obj.path[:, 1, None, None]
-
-
-def _mark(obj: Object, half: float) -> np.ndarray:
-    """How much of each pixel the object's mark covers, float32 [F, 96, 96]: a stroke a tenth of ``half``s wide."""
-    dx, dy = _offsets(obj)
-    long, thin = 0.55 * half, max(0.17 * half, 1.0)
-    bar = np.minimum(thin - np.abs(dx), long - np.abs(dy))
-    dash = np.minimum(thin - np.abs(dy), long - np.abs(dx))
-    inside = {
-        "dot": 0.38 * half - np.sqrt(dx * dx + dy * dy),
-        "bar": bar,
-        "dash": dash,
-        "plus": np.maximum(bar, dash),
-    }[obj.mark]
-    return np.clip(inside + 0.5, 0, 1)
+    dx = axis[None, None, :] - obj.path[:, 0, None, None]
+    dy = axis[None, :, None] - obj.path[:, 1, None, None]
+    if shape == "disc":
+        inside = 1.1 * half - np.sqrt(dx * dx + dy * dy)
+    else:
+        inside = half - np.maximum(np.abs(dx), np.abs(dy))
+    return np.clip(inside + 0.5, 0, 1) * obj.visible[:, None, None]
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -279,13 +263,13 @@ def render(scene: Scene) -> np.ndarray:
     frames = np.repeat(_background(rng)[None], scene.frames, 0)
     for obj in scene.objects:
         shown = np.flatnonzero(obj.visible)
-        seen = Object(obj.color, obj.shape, obj.mark, obj.size, obj.path[shown], obj.visible[shown])
-        half = obj.size / 2 - BORDER * obj.framed
-        color = np.array(COLORS[obj.color], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
-        color = color + _mark(seen, half)[..., None] * (250.0 * (color.mean() < 140) - color)  # white, or black on pale
-        if obj.framed:
-            color = 245 + _cover(seen, half)[..., None] * (color - 245)
-        frames[shown] += level.contrast * coverage(seen)[..., None] * (color - frames[shown])
+        seen = replace(obj, path=obj.path[shown], visible=obj.visible[shown])
+        half = obj.size / 2 - BORDER * (obj.border is not None)
+        color, dot = (np.array(COLORS[c], np.float32) + rng.uniform(-12, 12, 3) for c in (obj.color, obj.dot))
+        color = color + _cover(seen, "disc", DOT * half)[..., None] * (dot - color)
+        if obj.border:
+            color = BORDERS[obj.border] + _cover(seen, obj.shape, half)[..., None] * (color - BORDERS[obj.border])
+        frames[shown] += (level.contrast * coverage(seen)[..., None] * (color - frames[shown])).astype(np.float32)
     frames += level.noise * rng.standard_normal(frames.shape, dtype=np.float32)
     return np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
