@@ -238,10 +238,8 @@ def _cover(obj: Object, shape: str, half: float) -> np.ndarray:
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     dx = axis[None, None, :] - obj.path[:, 0, None, None]
     dy = axis[None, :, None] - obj.path[:, 1, None, None]
-    if shape == "disc":
-        inside = 1.1 * half - np.sqrt(dx * dx + dy * dy)
-    else:
-        inside = half - np.maximum(np.abs(dx), np.abs(dy))
+    disc = shape == "disc"
+    inside = 1.1 * half - np.sqrt(dx * dx + dy * dy) if disc else half - np.maximum(np.abs(dx), np.abs(dy))
     return np.clip(inside + 0.5, 0, 1) * obj.visible[:, None, None]
 
 
