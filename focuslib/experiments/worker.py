@@ -21,6 +21,7 @@ from focuslib.experiments.shards import Model, Shard, model_of
 from focuslib.experiments.single import measure_cost, record_view
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
+from focuslib.models.features import FeatureStore
 
 
 class Loader:
@@ -39,6 +40,7 @@ class Loader:
             gc.collect()
             try:
                 self.loaded = key, load_cell(cell)
+                self.loaded[1].store = FeatureStore()  # the next cells ask about the same clips
             except UserError as error:
                 self.errors[key] = error.with_traceback(None)  # which would keep what was loaded so far
                 raise
