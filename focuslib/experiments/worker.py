@@ -111,7 +111,7 @@ def _answers(vlm: VLM, shard: Shard) -> Iterator[Answer]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "trace"
         keep = (lambda task, doc, run: run.trace.save(file)) if cell.kind == "trace" else None
-        model = FocusLmms(vlm, make_method(cell.method, cell.settings), save_trace=keep)
+        model = FocusLmms(vlm, make_method(cell.method, cell.settings), save_trace=keep, blank=cell.kind == "blank")
         model.task_dict.update({task.config.task: task.dataset for task in load_tasks(dataset, vlm.name)[1]})
         for entry in model.entries(asked):
             yield Answer(entry, file.read_bytes() if file.exists() else None)
