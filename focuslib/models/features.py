@@ -43,7 +43,7 @@ class FeatureStore:
         """The visual features of frames [F, H, W, 3] uint8, as `encode` gives them; kept in main memory."""
         if frames.nbytes > self.limit // SHARE:
             return encode(frames)
-        key = frames.shape, blake2b(np.ascontiguousarray(frames), digest_size=16).digest()
+        key = frames.shape, blake2b(np.ascontiguousarray(frames).data, digest_size=16).digest()
         return self._get(key, lambda: encode(frames).cpu(), lambda found: found.nbytes)
 
     def _get(self, key: Hashable, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:

@@ -83,11 +83,13 @@ def areas_table(outcome: Outcome, points: list[CurvePoint], upto: float, seed: i
         drawn = 100 * bootstrap_means(list(areas.values()), seed)  # [draws, curves], dense first
         each = {dataset: 100 * found.mean(0) for dataset, found in areas.items()}
         means = np.mean(list(each.values()), axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of few questions, dense may have none right
+            shares, drawn_shares = 100 * means / means[0], 100 * drawn / drawn[:, :1]
         for number, curve in enumerate(curves):
             lacking = [dataset for dataset, found in each.items() if np.isnan(found[number])]
             row = {"Model": model, "Curve": curve, "Questions": sum(map(len, areas.values()))}
             row |= _interval("Area", means[number], drawn[:, number])
-            row |= _interval("Of dense", 100 * means[number] / means[0], 100 * drawn[:, number] / drawn[:, 0])
+            row |= _interval("Of dense", shares[number], drawn_shares[:, number])
             row |= {f"Area, {dataset}": found[number] for dataset, found in each.items()}
             row["Note"] = f"{upto:g} % not reached on {', '.join(lacking)}" if lacking else ""
             rows.append(row)
