@@ -72,7 +72,7 @@ def area_weights(sparsities: ArrayLike, upto: float) -> np.ndarray | None:
         width = at[right] - at[left]
         if at[left] >= upto or not width:
             continue
-        part = min(1.0, (upto - at[left]) / width)  # of the segment that lies below `upto`
+        part = min(width, upto - at[left]) / width  # of the segment that lies below `upto`
         weights[left] += part * width * (1 - part / 2)
         weights[right] += part * width * part / 2
     return weights / upto

@@ -74,7 +74,7 @@ def areas_table(outcome: Outcome, points: list[CurvePoint], upto: float, seed: i
     points (statistics.area_weights); where it does not reach `upto` on a data set, the area there and the mean are
     empty, and the note says so. Of dense: its score.
     Interval: 95 % of a bootstrap that draws the questions of each data set, the same ones for every curve; the points'
-    sparsities are taken as they are. `Of dense`: the mean over dense's, in percent, from the same draws.
+    sparsities are taken as they are. It has no width where every question asked was answered alike. `Of dense`: the mean over dense's, in percent, from the same draws.
     """
     rows = []
     dense = dense_results(outcome.results)
@@ -133,7 +133,7 @@ def _scores(dense: CellResult, result: CellResult) -> np.ndarray:
 def curves_figure(table: pd.DataFrame) -> Figure | None:
     """Right answers over counted sparsity, a line a curve: a row a family, a column a data set and their mean.
 
-    Bars: the paired 95 % interval of the difference to dense. Dashed: dense.
+    Bands: the paired 95 % interval of the difference to dense. Dashed: dense.
     """
     table = table[table["Questions"] > 0] if len(table) else table
     if table.empty or set(table["Curve"]) == {DENSE}:
@@ -179,10 +179,11 @@ def _panel(axis: Axes, rows: pd.DataFrame) -> None:
     colours = sns.color_palette("colorblind", lines["Curve"].nunique())
     for number, (curve, found) in enumerate(lines.groupby("Curve", sort=False)):
         found = found.sort_values("Computation sparsity")
-        axis.errorbar(
-            found["Computation sparsity"], found["Right"], yerr=found["±"], color=colours[number], label=curve,
-            marker="osD^v<>"[number % 7], markersize=4, linewidth=1.2, elinewidth=0.7, capsize=2,
-        )  # fmt: skip
+        at, right = found["Computation sparsity"], found["Right"]
+        marker = "osD^v<>"[number % 7]
+        axis.plot(at, right, color=colours[number], label=curve, marker=marker, markersize=4, linewidth=1.2)
+        axis.fill_between(at, right - found["±"], right + found["±"], color=colours[number], alpha=0.1, linewidth=0)
+    axis.set_ylim(0, 103)
 
 
 def write_curves(outcome: Outcome, points: list[CurvePoint], upto: float, seed: int = 0) -> None:

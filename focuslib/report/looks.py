@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from focuslib.experiments.store import CellResult, Outcome
 from focuslib.explore.view import ViewData
 from focuslib.report.figures import kept_rows_figure
 
-SIDE = 0.8  # inches of a frame: there is a row a method
+SIDE = 0.55  # inches of a frame: there is a row a method
 
 
 def looks_figures(outcome: Outcome, points: list[CurvePoint]) -> Iterator[Figure]:
@@ -61,8 +62,9 @@ def _kept(view: ViewData) -> np.ndarray:
 
 
 def _title(view: ViewData, sample: dict) -> str:
-    """The question with its options, the right answer, and dense's."""
-    words = " ".join(view.question.split())
+    """The question with its options, but not how to answer it; the right answer, and dense's."""
+    first, *rest = view.question.splitlines()
+    words = " ".join([first, *(line for line in rest if re.match(r"\(?[A-Z][.):]", line))])
     right = f"; right: {sample['target']}" if "target" in sample else ""
     kind = f"{sample['question_type']}: " if "question_type" in sample else ""
     return f"{kind}{words}{right}; dense: {view.answers.get('dense', '')}"
