@@ -74,7 +74,8 @@ def areas_table(outcome: Outcome, points: list[CurvePoint], upto: float, seed: i
     points (statistics.area_weights); where it does not reach `upto` on a data set, the area there and the mean are
     empty, and the note says so. Of dense: its score.
     Interval: 95 % of a bootstrap that draws the questions of each data set, the same ones for every curve; the points'
-    sparsities are taken as they are. It has no width where every question asked was answered alike. `Of dense`: the mean over dense's, in percent, from the same draws.
+    sparsities are taken as they are. It has no width where every question asked was answered alike.
+    `Of dense`: the mean over dense's, in percent, from the same draws.
     """
     rows = []
     dense = dense_results(outcome.results)
