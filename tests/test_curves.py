@@ -191,6 +191,22 @@ def test_the_table_and_the_figure(tmp_path):
     assert report.curves_figure(report.curves_table(Outcome(tmp_path), [])) is None
 
 
+def test_tables_and_figures_of_nothing(tmp_path):
+    """A notebook whose cells all failed, or those of dense, still says why."""
+    found = [point("fast", "random", [1, 0, 0, 0], at) for at in (0.3, 0.6)]
+    points = [point for point, _ in found]
+    for outcome in (Outcome(tmp_path), Outcome(tmp_path, [result for _, result in found])):
+        tables = (
+            report.areas_table(outcome, points, 60), report.guessers_table(outcome.results),
+            report.pairs_table(report.near_results(outcome, points, 60, 2)),
+            report.breakdown_table(report.near_results(outcome, points, 60), "difficulty"),
+        )  # fmt: skip
+        assert all(table.empty for table in tables)
+        assert (report.curves_figure(report.curves_table(outcome, points)) is None) == (not outcome.results)
+        assert list(report.looks_figures(outcome, points)) == []
+        report.write_curves(outcome, points, 60)
+
+
 def test_which_methods_are_compared_as_equal(tmp_path):
     found = [point("hits", "random", [1, 0, 0, 0], at, name) for at in (0.5, 0.74) for name in DATASETS]
     found += [

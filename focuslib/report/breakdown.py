@@ -43,7 +43,7 @@ def near_results(
         for (model, name), results in chosen.items()
         if name == DENSE
         or (
-            len(results) == datasets[model]
+            len(results) == datasets.get(model)
             and all(abs(counted_sparsity(result) - near) <= within for result in results)
         )
     }

@@ -52,7 +52,7 @@ def _row(curve: str, family: str, setting: str, result: CellResult, dense: CellR
         "Model": result.cell.model, "Dataset": result.cell.dataset, "Curve": curve, "Family": family,
         "Setting": setting, "Questions": len(scores), "Failed": len(result.failures),
         "Computation sparsity": counted_sparsity(result), "Right": 100 * float(np.mean(scores)),
-        "Low": 100 * low, "High": 100 * high,
+        "Low": 100 * low, "High": 100 * high, "Minus dense": np.nan, "±": np.nan, "p": np.nan,
     }  # fmt: skip
     if dense is not None and dense is not result:
         pair = paired_scores(dense, result)
