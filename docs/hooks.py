@@ -15,6 +15,7 @@ TITLES = {
     "main": "Focus against dense",
     "baselines": "Five methods",
     "methods": "Methods and controls",
+    "curves": "Curves",
     "dse": "Design space",
     "int8": "INT8",
     "image": "Images",

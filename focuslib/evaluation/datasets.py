@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ class Dataset:
     prepare: makes the data now, where the package makes them.
     together: questions that are scored together; a limit is rounded up to whole groups.
     category: a logged sample → its category, where the score is the mean over categories ("" where it is not).
+    facts: a logged sample → what breakdowns need of its question: question_type, difficulty, target (the right answer).
+    docs: its questions, where they can be had without lmms-eval, each with options, answer_text and question_type.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Dataset:
     prepare: Callable[[], object] = lambda: None
     together: int = 1
     category: Callable[[Sample], str] = lambda sample: ""
+    facts: Callable[[Sample], dict[str, Any]] = lambda sample: {}
+    docs: Callable[[], list[dict[str, Any]]] | None = None
 
     @property
     def stock(self) -> bool:
@@ -62,8 +67,8 @@ class Dataset:
         return Path(package.origin).parent / "tasks" / self.name
 
 
-def _embedded(task: str, benchmark: ModuleType) -> Dataset:
-    """A task that ships with the package; benchmark: the module that builds its data."""
+def _embedded(task: str, benchmark: ModuleType, docs: Callable[[], list[dict[str, Any]]]) -> Dataset:
+    """A task that ships with the package; benchmark: the module that builds its data. docs: see Dataset."""
     folder = Path(inspect.getfile(benchmark)).parent
     return Dataset(
         name=task,
@@ -73,7 +78,15 @@ def _embedded(task: str, benchmark: ModuleType) -> Dataset:
         own_folder=folder,
         version=lambda: f"{folder.name} {benchmark.version()}",
         prepare=benchmark.build,
+        facts=_facts,
+        docs=docs,
     )
+
+
+def _facts(sample: Sample) -> dict[str, Any]:
+    doc = sample["doc"]
+    known = {name: doc[name] for name in ("question_type", "difficulty") if name in doc}
+    return {**known, "target": doc["answer"]}
 
 
 def _matches(metric: str, answer: str = "answer") -> Callable[[Sample], float]:
@@ -114,15 +127,20 @@ def _mme_sample(sample: Sample) -> float:
     return float(next(sample[key]["score"] for key in MME if key in sample))
 
 
+_SPLITS = {"": "test", "_tune": "tune"}  # ending of a name → split
+
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
         *(
-            _embedded(f"tinyvideo_{task}{split}", tinyvideo)
+            _embedded(f"tinyvideo_{task}{ending}", tinyvideo, partial(tinyvideo.load_docs, task, split))
             for task in ("attributes", "needle", "motion")
-            for split in ("", "_tune")
+            for ending, split in _SPLITS.items()
         ),
-        *(_embedded(f"tinyimage_attributes{split}", tinyimage) for split in ("", "_tune")),
+        *(
+            _embedded(f"tinyimage_attributes{ending}", tinyimage, partial(tinyimage.load_docs, split))
+            for ending, split in _SPLITS.items()
+        ),
         Dataset(
             "videomme",
             ("videomme",),

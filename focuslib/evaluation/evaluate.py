@@ -25,8 +25,9 @@ class Evaluation:
     """A method's result on a data set.
 
     score: the published score. samples: one dict a question, in order: task, doc_id, score (0 … 1), answer, category
-    (where the score is a mean over categories), and the numbers of `lmms.summary`. failures: questions that count as
-    wrong because they could not be read or run, or (final) because the method cannot take them.
+    (where the score is a mean over categories), the facts of its question that the data set has (see Dataset), and the
+    numbers of `lmms.summary`. failures: questions that count as wrong because they could not be read or run, or (final)
+    because the method cannot take them.
     """
 
     score: float
@@ -46,19 +47,21 @@ def evaluate(
     journal: Path | None = None,
     save_trace: Callable[[str, int, Run], None] | None = None,
     seed: int = 0,
+    blank: bool = False,
 ) -> Evaluation:
     """Score a method on a data set with lmms-eval. limit: the first so many questions of each task (those of
     the embedded benchmark are dealt so that these are a stratified sample; the paper takes the first of stock tasks).
 
     journal: a file of answered requests; a run that was killed goes on from it. save_trace: called with the task, the
-    question's number and the run, after each answer. Raises UserError if the data set is not on this disk.
+    question's number and the run, after each answer. blank: grey pictures are shown instead of the media.
+    Raises UserError if the data set is not on this disk.
     """
     require(dataset)
     from focuslib.evaluation.lmms import FocusLmms  # takes ten seconds to import, which a resumed run need not wait for
 
     log = Journal(journal) if journal else None
     try:
-        model = FocusLmms(vlm, method, journal=log, save_trace=save_trace)
+        model = FocusLmms(vlm, method, journal=log, save_trace=save_trace, blank=blank)
         return _score(model, vlm.name, dataset, limit, seed)
     finally:
         if log:
@@ -115,7 +118,7 @@ def _score(model: Any, name: str, dataset: Dataset, limit: int | None, seed: int
                 identity["category"] = category
             if "error" in entry:
                 failures.append({**identity, **{name: entry[name] for name in ("error", "final") if name in entry}})
-            samples.append({**identity, "score": dataset.sample_score(sample), **entry})
+            samples.append({**identity, **dataset.facts(sample), "score": dataset.sample_score(sample), **entry})
     if samples and len(failures) == len(samples):
         raise UserError(f"{dataset.name}: no question could be answered; the first: {failures[0]['error']}")
     return Evaluation(dataset.score(outcome["results"], samples), samples, failures)

@@ -27,7 +27,7 @@ from focuslib.files import digest
 from focuslib.methods import Method
 from focuslib.methods.settings import make_method, typed_settings
 from focuslib.models import VLM, load_vlm
-from focuslib.models.media import readable_images
+from focuslib.models.media import blank, readable_images
 from focuslib.prefill.ops import SITES, dense_operations
 from focuslib.prefill.record import PrefillRecord, Run
 
@@ -41,6 +41,7 @@ class FocusLmms(lmms):
     From the command line: `lmms-eval --model focuslib --model_args model=tiny_onevision,method=focus,m_tile=512 …`.
     A method by name has its settings of params/methods.yaml for the model and each task's data set, as in `focus run`;
     every further argument replaces one of them; lists are written 1:3:5.
+    blank: grey pictures are shown instead of the media, to see what the words alone tell.
     """
 
     is_simple = True
@@ -57,6 +58,7 @@ class FocusLmms(lmms):
         fps: float | str | None = None,
         journal: Journal | None = None,
         save_trace: Callable[[str, int, Run], None] | None = None,
+        blank: bool = False,
         **settings: Any,
     ):
         super().__init__()
@@ -70,6 +72,7 @@ class FocusLmms(lmms):
         self.method = method if isinstance(method, Method) else self.method_for("")
         self.journal = journal
         self.save_trace = save_trace
+        self.blank = blank
         self.records: dict[tuple[str, int], dict[str, Any]] = {}
 
     @classmethod
@@ -114,7 +117,7 @@ class FocusLmms(lmms):
         """What is known of each request, as a journal keeps it: key, task, doc_id, answer, the numbers of `summary`."""
         for name, group in groupby(requests, lambda request: request.args[4]):
             method = self.method_for(name)
-            asked = [*self.vlm.identity(), repr(method)]
+            asked = [*self.vlm.identity(), repr(method), *(["blank"] if self.blank else [])]
             with method(self.vlm, trace=self.save_trace is not None) as run:
                 for request in group:
                     context, generation, _, doc_id, task, split = request.args
@@ -136,6 +139,8 @@ class FocusLmms(lmms):
                 raise InputError("no image or video in this question; methods act on visual tokens")
             if len(visuals) > 1 and not self.vlm.several_media:
                 raise InputError(f"{len(visuals)} images or videos in this question; {self.vlm.name} takes one")
+            if self.blank:
+                visuals = [blank(self.vlm.clip(one)) for one in visuals]
             inputs = self.vlm.prepare(visuals if len(visuals) > 1 else visuals[0], context)
         except (Exception, SystemExit) as error:  # the latter is how some stock tasks report a missing video
             return _failure(task, doc_id, error)

@@ -1,5 +1,7 @@
 """Confidence intervals and paired comparisons of scores: arrays in, numbers out."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
@@ -50,6 +52,43 @@ def paired_difference(base: ArrayLike, other: ArrayLike) -> tuple[float, float]:
     """
     pairs = np.asarray(other, dtype=float) - np.asarray(base, dtype=float)
     return float(pairs.mean()), Z95 * float(np.std([*pairs, 1, -1])) / np.sqrt(len(pairs) + 2)
+
+
+def area_weights(sparsities: ArrayLike, upto: float) -> np.ndarray | None:
+    """What each point's accuracy weighs in a curve's mean accuracy from no sparsity up to `upto`; they sum to 1.
+
+    The curve begins with the dense score at 0 and is linear between points, sorted by sparsity; a point of no or
+    negative sparsity stands at 0 beside dense, and where several stand at one sparsity the curve steps there.
+    sparsities: [K], of the points. upto: above 0, in the same unit.
+
+    Returns [1 + K] weights, of dense and of the points in the order given; None if no point reaches `upto`: the curve
+    is not extended beyond its last point.
+    """
+    at = np.concatenate([[0.0], np.clip(np.asarray(sparsities, dtype=float), 0, None)])
+    if not at.max() >= upto:
+        return None
+    weights, order = np.zeros(len(at)), np.argsort(at, kind="stable")
+    for left, right in pairwise(order):
+        width = at[right] - at[left]
+        if at[left] >= upto or not width:
+            continue
+        part = min(width, upto - at[left]) / width  # of the segment that lies below `upto`
+        weights[left] += part * width * (1 - part / 2)
+        weights[right] += part * width * part / 2
+    return weights / upto
+
+
+def bootstrap_means(groups: list[np.ndarray], seed: int = 0, draws: int = 2000) -> np.ndarray:
+    """Means over groups of each group's mean, in bootstrap samples of the questions: paired, for methods alike.
+
+    groups: [N, M] each, M values of N questions; a sample draws the same questions for all M. Returns [draws, M].
+    """
+    rng = np.random.default_rng(seed)
+    means = []
+    for group in groups:
+        counts = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), draws)
+        means.append(counts @ np.asarray(group, dtype=float) / len(group))
+    return np.mean(means, axis=0)
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

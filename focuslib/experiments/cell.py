@@ -23,13 +23,15 @@ class Cell:
     """One independent piece of an experiment.
 
     kind: "accuracy" scores the method, "matched" does at settings of equal computation sparsity, "ablation" with a part
-        of the method switched off; "sparsity" asks only the first questions, "trace" does too and keeps the median
-        sample's trace; "cost" measures a prefill of one question, and "view" keeps what a view of one shows.
+        of the method switched off, "blank" on grey pictures instead of the media; "sparsity" asks only the first
+        questions, "trace" does too and keeps the median sample's trace; "cost" measures a prefill of one question, and
+        "view" keeps what a view of one shows.
     settings: every hyper-parameter of the method. limit: questions a task, None for all.
     model: an adapter's name, or what a checkpoint of the adapter hf is called (see models.registry.named).
     checkpoint: a folder or hub id, None for the adapter's published one. quantization: "int8", "int8_llm" or None.
     frames, fps: the most frames of a video that are seen, and how many a second; None: the adapter's own rule.
-    sample: keep this sample's trace (its place among the samples) instead of the median's.
+    sample: keep this sample's trace (its place among the samples) instead of the median's; of a view, the question of
+        this number instead of the first.
     """
 
     kind: str

@@ -13,6 +13,7 @@ from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.settings import checked_entries, matching_settings, methods_file
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.compare import compared_cells
+from focuslib.experiments.curves import CurvePoint, curve_cells, curve_points, look_cells
 from focuslib.experiments.params import experiment_params
 from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
@@ -30,7 +31,7 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     Parameters
     ----------
     experiment
-        main, baselines, methods, dse, int8 or image. (The others have no cells: see `study_hardware` and
+        main, baselines, methods, curves, dse, int8 or image. (The others have no cells: see `study_hardware` and
         speed.study_speed.)
     profile
         The folder of params/ whose file is read.
@@ -52,6 +53,8 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
     folder = results_folder(params["results"])
     if experiment == "int8":
         return _run_int8(params, folder)
+    if experiment == "curves":
+        return _run_curves(params, cells, folder)
     traces = folder / "focus_main" if experiment in ("main", "image") and params["write_pth"] else None
     outcome = run_cells(experiment, cells, folder, traces, Workers.of(params))
     if experiment == "dse" and params["write_pth"]:
@@ -72,6 +75,25 @@ def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
         quantized = [cell for cell in cells if cell.kind == "trace" and cell.quantization]
         export_traces(outcome, [(cell, folder / "focus_int8" / pth_name(cell)) for cell in quantized])
     return outcome
+
+
+def _run_curves(params: dict[str, Any], cells: list[Cell], folder: Path) -> Outcome:
+    """Every point of the curves, then what those near one sparsity show of some clips."""
+    outcome = run_cells("curves", cells, folder, workers=Workers.of(params))
+    looks = look_cells(points_of(params), outcome.results, params["near"], params["looks"], params["seed"])
+    if looks:
+        views = run_cells("curves", looks, folder, workers=Workers.of(params))
+        outcome.ran += views.ran
+        outcome.results += views.results
+        outcome.failed |= views.failed
+        outcome.refused += views.refused
+        write_status(folder, "curves", outcome.results, outcome.complete, outcome.summary())
+    return outcome
+
+
+def points_of(params: dict[str, Any]) -> list[CurvePoint]:
+    """Every point of the curves."""
+    return curve_points(list(_pairs(params)), params["curves"], params["targets"], params["limit"])
 
 
 def study_hardware(profile: str, changes: dict[str, Any] | None = None) -> HardwareStudy:
@@ -158,7 +180,7 @@ def sweep_points(params: dict[str, Any]) -> list[SweepPoint]:
         settings_of = pick(SWEEPS, sweep, "sweep")
         for common in _pairs({**params, "datasets": [what["dataset"]]}):
             for value in what["values"]:
-                make = {"method": "focus", "settings": settings_of(value), **common}
+                make = {"method": "focus", "settings": {**what["settings"], **settings_of(value)}, **common}
                 accuracy = make_cell("accuracy", limit=params["limit"], **make)
                 trace = make_cell("trace", limit=params["trace_samples"], **make)
                 file = f"{sweep}_dse/{common['model']}_{common['dataset']}_{value}.pth"
@@ -215,6 +237,8 @@ def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
     if experiment == "methods":
         pairs = list(_pairs(params))
         return compared_cells(pairs, params["methods"], params["targets"], params["limit"], params["settings"])
+    if experiment == "curves":
+        return curve_cells(list(_pairs(params)), points_of(params), params["limit"])
     if experiment == "int8":
         any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
         return int8_cells(params, any_median)

@@ -26,9 +26,16 @@ def _tile(tokens: int) -> int:
 
 
 def _sweep(value: Any) -> Any:
-    if not isinstance(value, dict) or set(value) != {"dataset", "values"} or not isinstance(value["values"], list):
-        raise ValueError("must hold dataset and values (a list)")
+    names = set(value) - {"settings"} if isinstance(value, dict) else set()
+    if names != {"dataset", "values"} or not isinstance(value["values"], list):
+        raise ValueError("must hold dataset and values (a list), and may hold settings")
     return value
+
+
+def _two(values: list) -> list:
+    if len(values) < 2:
+        raise ValueError(f"is {brief(values)}; a curve needs at least 2")
+    return values
 
 
 def _point(value: Any) -> int | str:
@@ -98,6 +105,9 @@ class Baselines(Experiment):
         return self
 
 
+Targets = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], AfterValidator(_two)]
+
+
 class Methods(Experiment):
     """Methods and controls at equal counted sparsity.
 
@@ -109,11 +119,50 @@ class Methods(Experiment):
     settings: dict[str, dict[str, Any]] | None = None
 
 
+class Curve(Strict):
+    """One curve: a method from mild to hard settings.
+
+    method: None for the curve's own name. family: of methods that share a row of the figure. settings: of all points.
+    points: the settings of each. targets: counted sparsities, 0 … 1, instead; without either, those of all curves.
+    """
+
+    method: str | None = None
+    family: str = "methods"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    points: Annotated[list[dict[str, Any]], AfterValidator(_two)] | None = None
+    targets: Targets | None = None
+
+    @model_validator(mode="after")
+    def _either(self):
+        if self.points and self.targets:
+            raise ValueError("has points and targets; give one of them")
+        return self
+
+
+class Curves(Experiment):
+    """Accuracy of every method over its counted sparsity.
+
+    curves: name → its points. targets: those of curves that have neither points nor targets.
+    upto: the sparsity (percent) up to which areas are taken. near: the one (percent) at which methods are compared,
+    broken down and looked at, each at its nearest point. within: how near (points) one must be to be compared as equal.
+    looks: clips of each kind of question that are shown.
+    """
+
+    curves: Annotated[dict[str, Curve], Field(min_length=1)]
+    targets: Targets
+    upto: Annotated[float, Field(gt=0, lt=100)]
+    near: Annotated[float, Field(gt=0, lt=100)]
+    within: Annotated[float, Field(gt=0, lt=100)] = 2.0
+    looks: Annotated[int, Field(ge=0)] = 0
+    trace_samples: Count = 1
+
+
 class Sweep(Strict):
-    """One sweep of the design space: the values of one setting, on one data set."""
+    """One sweep of the design space: the values of one setting, on one data set. settings: others, at every point."""
 
     dataset: str
     values: Annotated[list[Annotated[Any, AfterValidator(_point)]], Field(min_length=1)]
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Dse(Experiment):
@@ -168,6 +217,7 @@ EXPERIMENTS: dict[str, type[Results]] = {
     "main": Main,
     "baselines": Baselines,
     "methods": Methods,
+    "curves": Curves,
     "dse": Dse,
     "int8": Int8,
     "image": Image,

@@ -181,5 +181,6 @@ def _score(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
         journal=work_folder(path) / "journal.jsonl",
         save_trace=keep,
         seed=cell.seed,
+        blank=cell.kind == "blank",
     )
     return {**evaluation.to_dict(), **choose_trace(cell, path, evaluation.samples)}

@@ -33,7 +33,14 @@ def record_view(vlm: VLM, cell: Cell, path: Path) -> None:
     """Run a question dense and under the cell's method, and write what a view of it shows (explore.view.ViewData)."""
     method = make_method(cell.method, cell.settings)
     probe = method if isinstance(method, Focus) else Focus()
-    run_view(vlm, *first_question(vlm, cell.dataset), method, probe).save(path)
+    run_view(vlm, *_question(vlm, cell), method, probe).save(path)
+
+
+def _question(vlm: VLM, cell: Cell) -> tuple[Any, str]:
+    """The media and prompt that a view is of."""
+    from focuslib.evaluation.lmms import question
+
+    return first_question(vlm, cell.dataset) if cell.sample is None else question(cell.dataset, vlm.name, cell.sample)
 
 
 def first_question(vlm: VLM, dataset: str) -> tuple[Any, str]:

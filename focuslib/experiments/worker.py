@@ -21,6 +21,7 @@ from focuslib.experiments.shards import Model, Shard, model_of
 from focuslib.experiments.single import measure_cost, record_view
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
+from focuslib.models.features import FeatureStore
 
 
 class Loader:
@@ -39,6 +40,7 @@ class Loader:
             gc.collect()
             try:
                 self.loaded = key, load_cell(cell)
+                self.loaded[1].store = FeatureStore()  # the next cells ask about the same clips
             except UserError as error:
                 self.errors[key] = error.with_traceback(None)  # which would keep what was loaded so far
                 raise
@@ -109,7 +111,7 @@ def _answers(vlm: VLM, shard: Shard) -> Iterator[Answer]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "trace"
         keep = (lambda task, doc, run: run.trace.save(file)) if cell.kind == "trace" else None
-        model = FocusLmms(vlm, make_method(cell.method, cell.settings), save_trace=keep)
+        model = FocusLmms(vlm, make_method(cell.method, cell.settings), save_trace=keep, blank=cell.kind == "blank")
         model.task_dict.update({task.config.task: task.dataset for task in load_tasks(dataset, vlm.name)[1]})
         for entry in model.entries(asked):
             yield Answer(entry, file.read_bytes() if file.exists() else None)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from focuslib.errors import UserError
 from focuslib.grid import Grid
 from focuslib.models.checkpoint import Architecture, load_model, read_json, resolve_folder
+from focuslib.models.features import FeatureStore
 from focuslib.models.fingerprint import fingerprint
 from focuslib.models.layout import TokenLayout, grid_layout
 from focuslib.models.media import Clip, FrameSampling, is_image_file, read_clip, read_image, to_rgb
@@ -68,6 +69,7 @@ class VLM:
 
     generation: arguments of generate that this model's published evaluation keeps.
     output_head: the module that quantization leaves alone. vision_modules: the tower and the projector.
+    store: what keeps clips and features from one prompt to the next; None: nothing is kept.
     """
 
     name: str
@@ -81,6 +83,7 @@ class VLM:
 
     folder: Path | None = None  # of the checkpoint, where it was loaded from one
     quantization: str | None = None
+    store: FeatureStore | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sampling: FrameSampling):
         self.model: Any = model.eval()  # whose attributes are its family's
@@ -207,7 +210,9 @@ class VLM:
         if isinstance(media, Image.Image):
             return to_rgb(media)
         if isinstance(media, (str, Path)):
-            return read_image(media) if is_image_file(media) else read_clip(media, self.sampling)
+            if is_image_file(media):
+                return read_image(media)
+            return read_clip(media, self.sampling) if self.store is None else self.store.clip(media, self.sampling)
         array = np.asarray(media)
         if array.ndim not in (3, 4) or array.shape[-1] != 3 or array.dtype != np.uint8 or array.size == 0:
             raise UserError(

@@ -20,6 +20,7 @@ from focuslib.grid import VisualGrid
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config, read_json
 from focuslib.models.layout import TokenLayout, tiles_layout
+from focuslib.prefill.tower import is_watched
 
 # Original (lmms-lab) parameter names → transformers names. The patterns exclude each other, so their order is free.
 KEY_MAPPING = {
@@ -97,8 +98,16 @@ class Llava(VLM):
             tiles = self.image_tiles(opened)
             size = (opened.height, opened.width)
             return self.assemble_image_ids(before, self.encode_image(tiles, size), after, size)
-        features = self.encode_video(self.pixel_values(opened))
-        return self.assemble_ids(before, features, after, len(opened))
+        return self.assemble_ids(before, self.video_features(opened), after, len(opened))
+
+    def video_features(self, frames: np.ndarray) -> Tensor:
+        """Frames [F, H, W, 3] uint8 → the visual features with their newlines [T, D], from the store if there.
+
+        A method that watches the tower has it run all the same.
+        """
+        if self.store is None or is_watched(self.model):
+            return self.encode_video(self.pixel_values(frames))
+        return self.store.features(frames, lambda frames: self.encode_video(self.pixel_values(frames)))
 
     def pixel_values(self, frames: np.ndarray) -> Tensor:
         """Frames [F, H, W, 3] uint8 → [F, 3, side, side] in [−1, 1]: bicubic, without keeping the aspect ratio."""

@@ -117,6 +117,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def blank(medium: Image.Image | Clip) -> Image.Image | Clip:
+    """An image, or a clip, of the same size and times in which all is grey."""
+    if isinstance(medium, Clip):
+        return replace(medium, frames=np.full_like(medium.frames, 128))
+    return Image.new("RGB", medium.size, (128, 128, 128))
+
+
 def read_video(path: str | Path, sampling: FrameSampling) -> np.ndarray:
     """The frames of `read_clip`: [F, H, W, 3] uint8."""
     return read_clip(path, sampling).frames

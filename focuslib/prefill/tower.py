@@ -164,6 +164,11 @@ def watch(model: nn.Module, decoder: nn.Module, layer: int, undo: ExitStack) -> 
     return tower
 
 
+def is_watched(model: nn.Module) -> bool:
+    """Whether a layer of the model's vision tower is being watched, so that the tower must run."""
+    return any(module in _watched for module in model.modules()) if _watched else False
+
+
 def find_tower(model: nn.Module, decoder: nn.Module) -> tuple[str, Any, nn.ModuleList]:
     """The vision tower beside a decoder: its class, the module that holds its layers, and those."""
     inside = set(decoder.modules())

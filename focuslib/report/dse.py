@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from focuslib.evaluation.statistics import mean_interval, paired_difference
+from focuslib.evaluation.statistics import mcnemar, mean_interval, paired_difference
 from focuslib.experiments.paper import SweepPoint
 from focuslib.experiments.store import CellResult, Outcome, paired_scores
 from focuslib.paths import params_folder
@@ -17,6 +17,7 @@ from focuslib.report.tables import write_csv
 
 # sweep → its table and its column there
 FILES = {"m_tile_size": "dse_a_m_tile", "vector_size": "dse_b_vector", "block_size": "dse_c_block"}
+ALPHA = 0.05  # of the test of a sweep's ends, two-sided
 PUBLISHED_MODEL = "llava_vid"  # whose design space the paper explores
 TITLES = {
     "m_tile_size": "GEMM m-tile (tokens)",
@@ -31,8 +32,7 @@ def sweep_table(outcome: Outcome, points: list[SweepPoint], sweep: str) -> pd.Da
     Computed vectors: how many a question needs, over all layers and sites (mean). Tiles and vectors are only compared
     with the paper's on its own model, as their sizes go with a model's; blocks on any.
     """
-    published = pd.read_csv(params_folder() / "published" / "dse_accuracy.csv", dtype={"value": str})
-    published = published[published["parameter"] == sweep].set_index("value")["accuracy"]
+    published = _published_scores(sweep)
     rows = []
     for point in points:
         result = outcome.result(point.accuracy)
@@ -93,6 +93,46 @@ def sweep_figure(table: pd.DataFrame, sweep: str) -> Figure | None:
         axis.set_xlabel(TITLES[sweep])
         axis.set_ylabel(label)
     return figure
+
+
+def sweep_sentence(outcome: Outcome, points: list[SweepPoint], sweep: str) -> str:
+    """Whether the ends of a sweep differ, by the paired test, and whether as the published ones do."""
+    found = [
+        (point, result)
+        for point in points
+        if point.sweep == sweep and (result := outcome.result(point.accuracy)) is not None
+    ]
+    lines = []
+    for model in dict.fromkeys(point.accuracy.model for point, _ in found):
+        ends = [(point, result) for point, result in found if point.accuracy.model == model]
+        (first, base), (last, other) = ends[0], ends[-1]
+        if first is last:
+            continue
+        pair = paired_scores(base, other)
+        difference, half = (100 * value for value in paired_difference(*pair))
+        p = mcnemar(*pair)[2]
+        verdict = "differ" if p < ALPHA else "do not differ significantly"
+        lines.append(
+            f"{model}, {TITLES[sweep]}: {first.value} and {last.value} {verdict} on {len(pair[0])} questions "
+            f"({difference:+.1f} ± {half:.1f} points, McNemar p = {p:.2g}); {_beside_published(sweep, difference, p)}."
+        )
+    return "\n".join(lines) or "No sweep with two points has a result."
+
+
+def _beside_published(sweep: str, difference: float, p: float) -> str:
+    """Whether a difference of a sweep's ends goes the way of the published ends."""
+    scores = _published_scores(sweep)
+    published = scores.iloc[-1] - scores.iloc[0]
+    verdict = "does not appear"
+    if p < ALPHA and published:
+        verdict = "appears" if difference * published > 0 else "is reversed"
+    return f"the published trend ({published:+.1f} from {scores.index[0]} to {scores.index[-1]}) {verdict}"
+
+
+def _published_scores(sweep: str) -> pd.Series:
+    """The paper's accuracy of each value of a sweep, in the order of its figure."""
+    published = pd.read_csv(params_folder() / "published" / "dse_accuracy.csv", dtype={"value": str})
+    return published[published["parameter"] == sweep].set_index("value")["accuracy"]
 
 
 def shared_with_main(outcome: Outcome, points: list[SweepPoint], main: list[CellResult]) -> pd.DataFrame:

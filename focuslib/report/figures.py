@@ -57,14 +57,17 @@ def kept_tokens_figure(frames: np.ndarray, layout: TokenLayout, kept: dict[str, 
     return kept_rows_figure(frames, layout, rows, title)
 
 
-def kept_rows_figure(frames: np.ndarray, layout: TokenLayout, rows: dict[str, np.ndarray], title: str) -> Figure:
-    """The same with a label of one's own for each row: label → positions that are left."""
+def kept_rows_figure(
+    frames: np.ndarray, layout: TokenLayout, rows: dict[str, np.ndarray], title: str, side: float = 1.4
+) -> Figure:
+    """The same with a label of one's own for each row: label → positions that are left. side: of a frame, inches."""
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames)), dtype=int)
     everything = np.arange(len(layout.frame))
     rows = {"input": everything, **rows}
     figure, axes = plt.subplots(
-        len(rows), len(shown), figsize=(1.4 * len(shown), 1.5 * len(rows)), squeeze=False, layout="constrained"
-    )
+        len(rows), len(shown), figsize=(side * len(shown) + 1.5, (side + 0.1) * len(rows)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for line, (label, positions) in zip(axes, rows.items(), strict=True):
         present = np.isin(everything, positions)
         for axis, frame in zip(line, shown, strict=True):
@@ -74,8 +77,8 @@ def kept_rows_figure(frames: np.ndarray, layout: TokenLayout, rows: dict[str, np
             axis.set_yticks([])
             if line is axes[0]:
                 axis.set_title(f"frame {frame}", fontsize=8)
-        line[0].set_ylabel(f"{label}\n{len(positions)} tokens", fontsize=8)
-    figure.suptitle(title, fontsize=9)
+        line[0].set_ylabel(f"{label}\n{len(positions)} tokens", fontsize=8, rotation=0, ha="right", va="center")
+    figure.suptitle(title, fontsize=9, wrap=True)
     return figure
 
 

@@ -175,7 +175,7 @@ def meta_data_table(results: list[CellResult]) -> pd.DataFrame:
 
 def write_tables(folder: Path) -> None:
     """Write every CSV that the results in a folder allow; dse.write_dse_tables writes those of the design space."""
-    results = _most_questions(collect(folder, skip=("dse", "methods")))
+    results = _most_questions(collect(folder, skip=("curves", "dse", "methods")))
     tables = {
         "accuracy": accuracy_table(results),
         "meta_data": meta_data_table(results),
