@@ -202,7 +202,7 @@ def test_sic_alone_after_every_method(method, tmp_path):
 @pytest.mark.parametrize(
     ("stack", "attended"),
     [
-        (VidCom2() | FastV(layer=2, retention=0.1) | SIC, [54] * 2 + [21] * 6),
+        (VidCom2() | FastV(layer=2, retention=0.1) | SIC, [None] * 2 + [21] * 6),
         (Evs(retention=0.5) | PyramidDrop(layers=(1, 2, 4), retention=(0.4, 0.2, 0.1)) | SIC,
          [108] + [86] + [43] * 2 + [21] * 4),
         (DyCoke(order="place") | FastV(layer=2, retention=0.1) | Uniform(retention=0.3), [64] * 2 + [21] * 6),
@@ -215,6 +215,9 @@ def test_three_at_once_and_focus_with_another(stack, attended):
     vlm = untrained_vlm()
     answered(vlm, Uniform())
     before = module_state(vlm.model)
+    if attended[0] is None:  # VidCom2's rounding goes with the features
+        alone, *_ = answered(vlm, stack.parts[0])
+        attended = [kept or alone.last.attended[0] for kept in attended]
     run, *_ = answered(vlm, stack)
     assert run.last.attended == attended
     assert module_state(vlm.model) == before

@@ -11,7 +11,7 @@ from focuslib.paths import params_folder, read_yaml
 from focuslib.tasks.tinyvideo import build as builder
 from focuslib.tasks.tinyvideo.build import load_docs, task_docs, write_video
 from focuslib.tasks.tinyvideo.questions import CHOICES, LETTERS, TASKS, prompt, questions
-from focuslib.tasks.tinyvideo.scenes import BORDERS, FRAMES, LEVELS, PLACES, render, sample_scene, token_objects
+from focuslib.tasks.tinyvideo.scenes import ASKED, BORDERS, FRAMES, LEVELS, PLACES, render, sample_scene, token_objects
 
 
 def decode(path: Path) -> np.ndarray:
@@ -57,8 +57,10 @@ def test_docs_are_balanced_and_of_full_size(task, split, size):
         answers = Counter(d["answer_text"] for d in docs if d["question_type"] == kind)
         even = sum(answers.values()) / len(CHOICES[kind])
         assert set(answers) == set(CHOICES[kind]) and all(even / 2 < n < 2 * even for n in answers.values())
-    levels = Counter(d["difficulty"] for d in docs)
-    assert set(levels) == set(LEVELS) and all(abs(n - size / 5) < 0.1 * size / 5 for n in levels.values())
+    for kind in TASKS[task]:
+        levels = Counter(d["difficulty"] for d in docs if f"-{kind}-" in d["id"])
+        even = sum(levels.values()) / len(ASKED[kind])
+        assert set(levels) == set(ASKED[kind]) and all(abs(n - even) < 0.15 * even for n in levels.values())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -89,7 +91,8 @@ def test_every_limit_asks_each_kind_in_proportion(task, split):
         for kind, count in whole.items():
             assert abs(part[kind] - limit * count / len(docs)) <= 1
         levels = Counter(doc["difficulty"] for doc in docs[:limit])
-        assert all(abs(levels[level] - limit / 5) <= len(whole) for level in LEVELS)
+        for level, count in Counter(doc["difficulty"] for doc in docs).items():
+            assert abs(levels[level] - limit * count / len(docs)) <= len(whole)
     assert LIMITS
 
 
@@ -97,7 +100,7 @@ def test_answers_follow_from_what_the_clip_shows():
     for index in range(20):
         scene = sample_scene("tune", "needle", index)
         shown = token_objects(scene)
-        assert scene.difficulty == 1 + index % 5
+        assert scene.difficulty == ASKED["needle"][index % 5]
         first = {}
         for border in BORDERS:
             needle = next(i for i, o in enumerate(scene.objects) if o.border == border)

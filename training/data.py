@@ -15,8 +15,8 @@ from focuslib.tasks.tinyvideo.scenes import (
     COLORS,
     DIRECTIONS,
     FRAMES,
-    LEVELS,
     SIZE,
+    TRAINED,
     Scene,
     render,
     sample_scene,
@@ -189,7 +189,7 @@ class Batches(IterableDataset):
     """
 
     def __init__(
-        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), levels=tuple(LEVELS),
+        self, tokenizer, kinds: dict[str, float], clips: int, asked: int, shares=(1.0,), levels=TRAINED,
         split="train", start=0, seed=0, picture=False,
     ):  # fmt: skip
         if len({FRAMES[kind] for kind in kinds}) != 1:

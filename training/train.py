@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from focuslib.tasks.tinyvideo.questions import LETTERS
-from focuslib.tasks.tinyvideo.scenes import FRAMES, LEVELS, SIZE
+from focuslib.tasks.tinyvideo.scenes import FRAMES, SIZE, TRAINED
 from training.data import IGNORE, LABELS, LOOKS, TYPES, WORDS, Batch, Batches, Texts
 from training.model import build_model, fuse, pixels, take_weights
 from training.muon import Muon
@@ -231,7 +231,7 @@ def train(args: argparse.Namespace) -> None:
     while step < args.steps:
         if short is None or step == args.told_steps:
             early = step < args.told_steps
-            kept, levels = (KEPT_EARLY, LEVELS_EARLY) if early else (KEPT_LATER, tuple(LEVELS))
+            kept, levels = (KEPT_EARLY, LEVELS_EARLY) if early else (KEPT_LATER, TRAINED)
             short = load(stream(SHORT, args.short, kept[0], levels=levels, start=step))
             pictures = load(stream(PICTURE, args.pictures, kept[0], levels=levels, start=step, picture=True))
             long = load(stream(LONG, args.long, kept[1], levels=levels, start=max(0, step - args.warm_steps)))
