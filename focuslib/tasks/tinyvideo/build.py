@@ -42,8 +42,8 @@ def task_docs(task: str, split: str) -> list[dict]:
     """The questions of one task and split, dealt so that every first so many hold each question type in proportion.
 
     Each is a dict: id, video (path relative to the built folder), question, options (four words), answer (a letter),
-    answer_text, question_type, difficulty (of the clip, see scenes). There are as many of each type, and of each difficulty
-    to within a clip; the right letters go round A to D in shuffled fours, and of the questions that a clip allows those
+    answer_text, question_type, difficulty (of the clip, see scenes). There are as many of each type, and about as many
+    of each difficulty; the right letters go round A to D in shuffled fours, and of the questions that a clip allows those
     whose answer was rarest so far come first, so that neither letters nor words give an answer away.
     """
     rng = np.random.default_rng((3, list(QUESTIONS).index(split), list(TASKS).index(task)))
