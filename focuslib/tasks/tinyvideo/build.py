@@ -43,8 +43,8 @@ def task_docs(task: str, split: str) -> list[dict]:
 
     Each is a dict: id, video (path relative to the built folder), question, options (four words), answer (a letter),
     answer_text, question_type, difficulty (of the clip, see scenes). There are as many of each type, and about as many
-    of each difficulty; the right letters go round A to D in shuffled fours, and of the questions that a clip allows those
-    whose answer was rarest so far come first, so that neither letters nor words give an answer away.
+    of each difficulty. The right letters go round A to D in shuffled fours, and of the questions that a clip allows
+    those whose answer was rarest so far come first, so that neither letters nor words give an answer away.
     """
     rng = np.random.default_rng((3, list(QUESTIONS).index(split), list(TASKS).index(task)))
     each = QUESTIONS[split] // sum(map(len, TASKS[task].values()))
