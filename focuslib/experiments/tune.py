@@ -63,19 +63,28 @@ def bisect_sparsity(
 def close(
     function: Callable[[float], float], low: float, high: float, target: float, tolerance: float, steps: int, what: str
 ) -> None:
-    """Bisect a monotone function until a value is within the tolerance of the target, at most `steps` times."""
-    at_low, at_high = function(low), function(high)
+    """Evaluate a monotone function until a value is within the tolerance of the target.
+
+    First at the ends, then where a line between the values around the target meets it, at most `steps` times.
+    """
+    at_low = function(low)
+    if abs(at_low - target) <= tolerance:
+        return
+    at_high = function(high)
+    if abs(at_high - target) <= tolerance:
+        return
     if not min(at_low, at_high) <= target <= max(at_low, at_high):
         raise UserError(f"{what} from {low} to {high} reaches {at_low:.1f} to {at_high:.1f} %, not {target:.1f} %")
     for _ in range(steps):
-        middle = (low + high) / 2
+        part = (target - at_low) / (at_high - at_low)
+        middle = low + min(max(part, 0.1), 0.9) * (high - low)  # at a step, the value of one end never changes
         value = function(middle)
         if abs(value - target) <= tolerance:
             return
         if (value < target) == (at_low < at_high):
-            low = middle
+            low, at_low = middle, value
         else:
-            high = middle
+            high, at_high = middle, value
 
 
 def _cells(method: str, settings: dict[str, Any], datasets: list[str], common: Common) -> list[Cell]:
