@@ -1,4 +1,4 @@
-"""Train the tiny VLM: ``python -m training.train --out RUN [--resume]``, about an hour on two CPU cores.
+"""Train the tiny VLM: ``python -m training.train --out RUN [--resume]``, a bit more than an hour on one CPU core.
 
 Answers alone teach a model this small too slowly, so throw-away linear heads add dense labels: what each visual token
 shows (at the projector and at a lower decoder layer) and where it lies, the answer's word at the question mark, which
