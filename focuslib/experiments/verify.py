@@ -12,7 +12,7 @@ from focuslib.evaluation.statistics import SATURATED
 SCORE, SMALL_SCORE = 2.0, 5.0  # points; the second for cells of fewer than FEW questions
 FLIPS = 4  # questions by which a saturated score may differ
 FEW = 200
-FEW_ASKED, ALL_ASKED = 120, 480  # of tables that do not say: the laptop profile's
+FEW_ASKED, ALL_ASKED = 120, 240  # of tables that do not say: the laptop profile's
 FEW_QUESTIONS_COLUMNS = ("accuracy", "INT8_Dense", "INT8_Focus")  # of tables that do not say how many were asked
 POINTS = {
     "Computation sparsity": 1.0,
