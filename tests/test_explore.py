@@ -244,7 +244,8 @@ def test_the_controls_run_the_model_again(vlm):
 
 
 def test_a_run_can_be_cancelled_and_leaves_the_model_as_it_was(vlm):
-    seen = []
+    inputs, seen = vlm.prepare(clip(4), QUESTION), []
+    before = vlm.prefill(inputs)
     with pytest.raises(Cancelled):
         run_view(
             vlm,
@@ -256,7 +257,7 @@ def test_a_run_can_be_cancelled_and_leaves_the_model_as_it_was(vlm):
             cancelled=lambda: len(seen) > 6,
         )
     assert seen == sorted(seen) and 0 < seen[-1] < 1
-    assert vlm.generate(clip(4), QUESTION)
+    assert torch.equal(vlm.prefill(inputs), before)
 
 
 def test_layouts_draw_tokens_where_they_are():
