@@ -28,11 +28,12 @@ class Grid(Strict):
 
 
 class Bisection(Strict):
-    """One bisection to the target, data set by data set."""
+    """One bisection to the target, data set by data set. ranges: data set → its own low and high."""
 
     setting: str
     low: float
     high: float
+    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
     fixed: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -104,8 +105,9 @@ def run_tuning(profile: str, folder: Path) -> pd.DataFrame:
         chosen.append({"Search": name, "Datasets": " ".join(grid.datasets), **best_row(table, tuning.tolerance)})
     for name, bisection in tuning.bisect.items():
         for dataset in tuning.datasets:
+            low, high = bisection.ranges.get(dataset, (bisection.low, bisection.high))
             table = bisect_sparsity(
-                name, bisection.setting, bisection.low, bisection.high, tuning.target_of(dataset),
+                name, bisection.setting, low, high, tuning.target_of(dataset),
                 bisection.fixed, [dataset],
                 {**tuning.common(), "limit": tuning.bisect_limit}, folder, tolerance=BISECT_TOLERANCE,
                 workers=tuning.workers,
