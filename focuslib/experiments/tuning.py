@@ -33,7 +33,7 @@ class Bisection(Strict):
     setting: str
     low: float
     high: float
-    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    ranges: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(default_factory=dict)
     fixed: dict[str, Any] = Field(default_factory=dict)
 
 
