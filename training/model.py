@@ -1,10 +1,7 @@
 """The tiny VLM: a stock ``LlavaOnevisionForConditionalGeneration`` with small numbers in its configuration."""
 
-from pathlib import Path
-
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -65,19 +62,6 @@ def build_model(tokenizer, seed: int) -> LlavaOnevisionForConditionalGeneration:
         do_sample=False,
     )
     return model
-
-
-@torch.no_grad()
-def take_weights(model: LlavaOnevisionForConditionalGeneration, tokenizer, checkpoint: Path) -> None:
-    """Begin with the weights of another tiny VLM, whose tokens may have other numbers: each word takes its own row."""
-    other = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint)
-    known = AutoTokenizer.from_pretrained(checkpoint).get_vocab()
-    words, theirs = model.get_input_embeddings().weight.clone(), other.get_input_embeddings().weight
-    for word, number in tokenizer.get_vocab().items():
-        if word in known:
-            words[number] = theirs[known[word]]
-    tied = {name for name, weight in other.state_dict().items() if weight.shape == theirs.shape}
-    model.load_state_dict({name: words if name in tied else w for name, w in other.state_dict().items()})
 
 
 def fuse(model: LlavaOnevisionForConditionalGeneration) -> None:

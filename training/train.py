@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from focuslib.tasks.tinyvideo.questions import LETTERS
 from focuslib.tasks.tinyvideo.scenes import FRAMES, SIZE, TRAINED
 from training.data import IGNORE, LABELS, LOOKS, TYPES, WORDS, Batch, Batches, Texts
-from training.model import build_model, fuse, pixels, take_weights
+from training.model import build_model, fuse, pixels
 from training.muon import Muon
 from training.packed import ATTENTION, Watch, packed_forward
 from training.tokenizer import build_tokenizer
@@ -186,8 +186,6 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed).to(device)
     model.model.language_model.config._attn_implementation = ATTENTION
-    if args.init:
-        take_weights(model, tokenizer, args.init)
     fuse(model)
     heads = Heads(model.config.text_config.hidden_size).to(device)
     parameters = [*model.parameters(), *heads.parameters()]
@@ -271,7 +269,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the run's state and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
-    parser.add_argument("--init", type=Path, help="a tiny VLM's checkpoint to begin with, instead of nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--warm-steps", type=int, default=160, help="first steps, that train tower and decoder apart")
