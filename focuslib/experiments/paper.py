@@ -82,11 +82,7 @@ def _run_curves(params: dict[str, Any], cells: list[Cell], folder: Path) -> Outc
     outcome = run_cells("curves", cells, folder, workers=Workers.of(params))
     looks = look_cells(points_of(params), outcome.results, params["near"], params["looks"], params["seed"])
     if looks:
-        views = run_cells("curves", looks, folder, workers=Workers.of(params))
-        outcome.ran += views.ran
-        outcome.results += views.results
-        outcome.failed |= views.failed
-        outcome.refused += views.refused
+        outcome.add(run_cells("curves", looks, folder, workers=Workers.of(params)))
         write_status(folder, "curves", outcome.results, outcome.complete, outcome.summary())
     return outcome
 

@@ -89,6 +89,13 @@ class Outcome:
         """What a cell gave; None if it failed."""
         return next((result for result in self.results if result.cell == cell), None)
 
+    def add(self, further: Outcome) -> None:
+        """Take in what running further cells gave."""
+        self.results += further.results
+        self.ran += further.ran
+        self.failed |= further.failed
+        self.refused += further.refused
+
     def summary(self) -> str:
         """One line on what ran, was resumed and failed, then a line a failure."""
         resumed = len(self.results) - self.ran
