@@ -65,9 +65,7 @@ def made_up(tmp_path, *found, dense=(1, 1, 1, 0), failed=None, **facts) -> tuple
 
 def test_which_cells():
     params, cells = planned()
-    assert [(cell.kind, cell.dataset) for cell in cells[:4]] == [
-        (kind, name) for name in DATASETS for kind in ("accuracy", "blank")
-    ]
+    assert [(cell.method, cell.dataset) for cell in cells[:2]] == [("dense", name) for name in DATASETS]
     points = points_of(params)
     assert [cell for cell in cells if cell.method != "dense"] == [point.cell for point in points]
     first = [point for point in points if point.cell.dataset == DATASETS[0]]
@@ -305,11 +303,17 @@ def test_dense_stands_beside_guessers(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def untrained(tmp_path_factory):
+    """The checkpoints of a run: the embedded model without its training."""
+    return {"tiny_onevision": str(untrained_checkpoint(tmp_path_factory.mktemp("checkpoint")))}
+
+
+@pytest.fixture(scope="module")
+def done(untrained, tmp_path_factory):
     """The parameters and outcome of a run of the untrained model on a few questions."""
     folder = tmp_path_factory.mktemp("results")
     changes = {
-        "checkpoints": {"tiny_onevision": str(untrained_checkpoint(tmp_path_factory.mktemp("checkpoint")))},
+        "checkpoints": untrained,
         "curves": SMALL, "targets": [0.3, 0.6], "datasets": DATASETS[1:], "limit": 2, "near": 60, "looks": 1,
         "workers": 1,
     }  # fmt: skip
@@ -323,8 +327,8 @@ def test_a_run_of_curves(done):
     assert outcome.complete and read_status(outcome.folder, "curves")["complete"]
     kinds = Counter(result.cell.kind for result in outcome.results)
     questions = {result.cell.sample for result in outcome.results if result.cell.kind == "view"}
-    assert kinds == {"accuracy": 5, "blank": 1, "view": len(SMALL) * len(questions)} and questions
-    scored = [result for result in outcome.results if result.cell.kind in ("accuracy", "blank")]
+    assert kinds == {"accuracy": 5, "view": len(SMALL) * len(questions)} and questions
+    scored = [result for result in outcome.results if result.cell.kind == "accuracy"]
     for sample in (sample for result in scored for sample in result.samples):
         assert sample["question_type"] and sample["target"] in "ABCD"
     table = report.curves_table(outcome, points_of(params))
@@ -333,8 +337,10 @@ def test_a_run_of_curves(done):
     assert again.ran == 0
 
 
-def test_grey_pictures_are_not_the_clip(done):
-    _, outcome = done
+def test_grey_pictures_are_not_the_clip(untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "results_folder", lambda name: tmp_path)
+    changes = {"checkpoints": untrained, "datasets": DATASETS[1:], "methods": ["dense"], "limit": 2, "workers": 1}
+    outcome = paper.run("main", "laptop", changes)
     dense, blank = (next(r for r in outcome.results if r.cell.kind == kind) for kind in ("accuracy", "blank"))
     assert dense.cell.method == blank.cell.method == "dense"
     assert [s["visual_tokens"] for s in dense.samples] == [s["visual_tokens"] for s in blank.samples]

@@ -33,7 +33,8 @@ VIDEO = VisualGrid(3, 30, 5, 2, 3, 6, 3)
 METHODS = [
     FastV(layer=1), Evs(retention=0.6), VidCom2(retention=0.4), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25)),
     PyramidDrop(layers=(1, 2), retention=(0.5, 0.25), positions="original"), DyCoke(decoding_retention=1),
-    DyCoke(order="place", decoding_retention=1),
+    DyCoke(order="place", decoding_retention=1), DyCoke(positions="original", decoding_retention=1),
+    VidCom2(retention=0.4, positions="original"),
     Random(), Uniform(), FewerFrames(), FewerPixels(),
 ]  # fmt: skip
 FAMILIES = [
@@ -113,6 +114,21 @@ def test_deepstack_and_positions_of_several_axes(method):
     plain = run(vlm, inputs)
     assert decoding_error(vlm, method, inputs, steps=4) < 2e-5
     assert torch.equal(run(vlm, inputs), plain)
+
+
+@pytest.mark.parametrize(
+    "method", [VidCom2(), DyCoke(order="place"), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25))], ids=named
+)
+@torch.inference_mode()
+def test_original_positions_are_those_of_the_whole_prompt(method):
+    """As if the tokens that stay had been named without a method: at their positions, or renumbered."""
+    vlm, logits = family("qwen2", "sdpa"), {}
+    for positions in ("original", "published"):
+        with replace(method, positions=positions)(vlm) as prefill:
+            logits[positions] = run(vlm)
+        with Replay(prefill.last.kept, positions == "published")(vlm):
+            torch.testing.assert_close(run(vlm), logits[positions], rtol=0, atol=1e-6)
+    assert float((logits["original"] - logits["published"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS, ids=named)
@@ -339,6 +355,8 @@ def test_a_target_out_of_reach_is_refused(method):
         (lambda: PyramidDrop(layers=(1,)), "pyramiddrop: layers has 1 entries and retention 3"),
         (lambda: PyramidDrop(layers=(1,), retention=(2,)), "pyramiddrop: retention is 2"),
         (lambda: PyramidDrop(positions="fresh"), "pyramiddrop: positions is 'fresh'; it must be published or original"),
+        (lambda: DyCoke(positions="keep"), "dycoke: positions is 'keep'; it must be published or original"),
+        (lambda: VidCom2(positions="keep"), "vidcom2: positions is 'keep'; it must be published or original"),
         (lambda: DyCoke(retention=-1), r"dycoke: retention is -1; it must lie in \[0, 1\]"),
         (lambda: DyCoke(order="time"), "dycoke: order is 'time'; it must be published or place"),
         (lambda: DyCoke(odd_last="drop"), "dycoke: odd_last is 'drop'; it must be published or keep"),

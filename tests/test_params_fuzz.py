@@ -14,7 +14,7 @@ from focuslib.evaluation.settings import methods_file
 from focuslib.experiments.paper import plan, planned_cells
 from focuslib.experiments.params import EXPERIMENTS, read_params
 from focuslib.experiments.published import PublishedCost, published_cost
-from focuslib.experiments.tuning import read_tuning
+from focuslib.experiments.tuning import Tuning, read_tuning
 from focuslib.methods import METHODS
 from focuslib.methods.base import Method
 from focuslib.methods.settings import make_method
@@ -23,7 +23,7 @@ from focuslib.paths import project_root
 SEED, COUNT = 20260, 1200
 ROOT = project_root()
 SOURCES = sorted((ROOT / "params").rglob("*.yaml"))
-FIELDS = {name: model.model_fields for name, model in {**EXPERIMENTS, "cost": PublishedCost}.items()}
+FIELDS = {name: model.model_fields for name, model in {**EXPERIMENTS, "cost": PublishedCost, "tuning": Tuning}.items()}
 SNIPPETS = [
     "&a [*a]", "*b", "!!python/object/apply:os.system [ls]", "!!binary aGk=", "!!set {a, b}", "!!timestamp x",
     "!!int x", "!!bool maybe", "2026-02-30", "2026-02-03", "? [1, 2]\n: 3", "---", "...", "%YAML 9.9", "<<: {limit: 2}",

@@ -201,7 +201,11 @@ class Replay(FlashVid):
         return super().before_attention(prefill, layer, hidden)
 
 
-@pytest.mark.parametrize("method", [VisionZip(), FlashVid()], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [VisionZip(), FlashVid(), VisionZip(order="place", positions="original"), FlashVid(positions="original")],
+    ids=lambda method: f"{method.name}-{method.positions}",
+)
 @torch.inference_mode()
 def test_cached_decoding_equals_recomputation_and_the_model_is_restored(method, monkeypatch):
     vlm, frames = untrained_vlm(), clip(FRAMES)
@@ -215,7 +219,9 @@ def test_cached_decoding_equals_recomputation_and_the_model_is_restored(method, 
                 **inputs.tensors, do_sample=False, max_new_tokens=10, output_logits=True, return_dict_in_generate=True
             )
     ids, embeds = cached.sequences[0], inputs.tensors["inputs_embeds"]
-    again = Replay(kept=tuple(run.last.left.tolist())) if isinstance(method, FlashVid) else method
+    again = method
+    if isinstance(method, FlashVid):
+        again = Replay(kept=tuple(run.last.left.tolist()), positions=method.positions)
     for step in range(10):
         longer = torch.cat([embeds, vlm.model.get_input_embeddings()(ids[:step])[None]], 1)
         with again(vlm):
@@ -264,6 +270,9 @@ def test_flashvid_needs_a_video():
     [
         (lambda: VisionZip(retention=0), "visionzip: retention is 0"),
         (lambda: VisionZip(contextual=1.5), "visionzip: contextual is 1.5"),
+        (lambda: VisionZip(order="size"), "visionzip: order is 'size'; it must be published or place"),
+        (lambda: VisionZip(positions="old"), "visionzip: positions is 'old'; it must be published or original"),
+        (lambda: FlashVid(positions="old"), "flashvid: positions is 'old'; it must be published or original"),
         (lambda: VisionZip(target_sparsity=1), "visionzip: target_sparsity is 1"),
         (lambda: FlashVid(layer=0), "flashvid: layer is 0"),
         (lambda: FlashVid(retention=2), "flashvid: retention is 2"),

@@ -67,10 +67,8 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def curve_cells(pairs: list[dict[str, Any]], points: list[CurvePoint], limit: int | None) -> list[Cell]:
-    """The cells of curves that are known before any has run: dense, dense on grey pictures, and every point."""
-    cells = [
-        make_cell(kind, method="dense", limit=limit, **common) for common in pairs for kind in ("accuracy", "blank")
-    ]
+    """The cells of curves that are known before any has run: dense, and every point."""
+    cells = [make_cell("accuracy", method="dense", limit=limit, **common) for common in pairs]
     return list(dict.fromkeys([*cells, *(point.cell for point in points)]))
 
 

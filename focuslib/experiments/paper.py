@@ -148,6 +148,8 @@ def comparison_cells(
                 cells.append(make_cell("sparsity", method=method, **first))
             if method == "focus" and traces:
                 cells.append(make_cell("trace", method=method, **first))
+        if params.get("grey"):
+            cells.append(make_cell("blank", method="dense", limit=params["limit"], **common))
         for method, entries in (params.get("matched") or {}).items():
             settings = matching_settings(checked_entries(method, entries), common["model"], common["dataset"])
             cells.append(

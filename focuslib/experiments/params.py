@@ -77,10 +77,14 @@ class Experiment(Results):
 
 
 class Main(Experiment):
-    """Focus against the dense model. write_pth: also write the traces as the simulator's .pth."""
+    """Focus against the dense model.
+
+    write_pth: also write the traces as the simulator's .pth. grey: also ask the dense model on grey pictures.
+    """
 
     methods: Names
     write_pth: bool = True
+    grey: bool = False
 
 
 class Image(Main):

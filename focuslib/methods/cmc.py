@@ -20,6 +20,7 @@ from focuslib.kernels.motion import (
     same_position,
 )
 from focuslib.methods.base import Method
+from focuslib.methods.budget import check_choice
 from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.methods.frames import require_frames
 from focuslib.prefill.ops import LINEAR_SITES, cmc_operations, dense_operations
@@ -68,8 +69,7 @@ class Cmc(Method):
             raise UserError(
                 f"method cmc: i_frame is {self.i_frame}; it must lie in 0 … interval − 1 = {self.interval - 1}"
             )
-        if self.tail not in ("published", "leave"):
-            raise UserError(f"method cmc: tail is {self.tail!r}; it must be published or leave")
+        check_choice(self.name, "tail", self.tail, "leave")
 
     @property
     def emulates(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from focuslib.errors import InputError, UserError
 from focuslib.kernels.temporal import decoding_choice, paired_frames, paired_similarity, temporal_merge
 from focuslib.methods.base import Method
-from focuslib.methods.budget import check_share, check_target, schedule_sparsity, solve
+from focuslib.methods.budget import check_choice, check_share, check_target, schedule_sparsity, solve
 from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.methods.frames import frame_sizes, require_frames
 from focuslib.prefill.decoding import Decoding
@@ -25,14 +25,16 @@ class DyCoke(Method):
     first and the third are whole. target_sparsity: the share that makes the counted sparsity this; None: retention.
     order: "published" puts a frame's tokens in order of their similarity, "place" leaves them in order of their place.
     odd_last: "published" drops a last frame that has no partner, "keep" keeps it.
+    positions: "published" renumbers the tokens that are left (models whose positions have several axes keep them),
+    "original" leaves their positions.
     decoding_layer: the first layer (L) that sees a part of the visual entries of its cache while decoding, as a number
     or as a share of the depth (published: 3 of 28). decoding_retention: that part (1 − p, published p = 70 %): the
     entries that the new token attends to most in the layer before, mean over heads; 1: all, always.
     decoding_similarity: where this attention's cosine with the last step's reaches it, the step sees all.
 
-    Merging acts on the projected features, before layer 0; positions are renumbered (they stay where they have several
-    axes), and each token is compared once. A decoding step costs one more row of attention and a copy of the entries
-    that it sees; the record's decoding_sparsity counts those that it does not, computation_sparsity is the prefill's.
+    Merging acts on the projected features, before layer 0; each token is compared once. A decoding step costs one more
+    row of attention and a copy of the entries that it sees; the record's decoding_sparsity counts those that it does
+    not, computation_sparsity is the prefill's.
     Results: details importance ([S] float32: minus the cosine, ∞ in frames that are compared with none).
     """
 
@@ -43,6 +45,7 @@ class DyCoke(Method):
     target_sparsity: float | None = None
     order: str = "published"
     odd_last: str = "published"
+    positions: str = "published"
     decoding_layer: int | float = 0.1
     decoding_retention: float = 0.3
     decoding_similarity: float = 0.9
@@ -58,10 +61,8 @@ class DyCoke(Method):
             raise UserError(f"method dycoke: decoding_similarity is {value}; a cosine lies in -1 … 1")
         check_share(self.name, "retention", self.retention, zero=True)
         check_target(self.name, self.target_sparsity)
-        for name, other in (("order", "place"), ("odd_last", "keep")):
-            if getattr(self, name) not in ("published", other):
-                value = getattr(self, name)
-                raise UserError(f"method dycoke: {name} is {value!r}; it must be published or {other}")
+        for name, other in (("order", "place"), ("odd_last", "keep"), ("positions", "original")):
+            check_choice(self.name, name, getattr(self, name), other)
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         depth = prefill.shape.layers
@@ -97,7 +98,7 @@ class DyCoke(Method):
             hidden = hidden.clone()
             hidden[prefill.visual] = x
         prefill.note_importance(torch.cat(importance), "difference from an earlier frame, − cosine")
-        prefill.renumber()
+        prefill.renumber(self.positions == "published")
         return hidden, prefill.keep(kept)
 
     def on_decoding(self, decoding: Decoding, layer: int) -> Tensor | None:

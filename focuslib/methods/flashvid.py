@@ -12,7 +12,7 @@ from focuslib.kernels.ranking import last_row
 from focuslib.kernels.semantic import most_important
 from focuslib.kernels.trees import compress_segment, segment_lengths
 from focuslib.methods.base import Method
-from focuslib.methods.budget import check_share, check_target, schedule_sparsity
+from focuslib.methods.budget import check_choice, check_share, check_target, schedule_sparsity
 from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.methods.frames import frame_shapes, frame_sizes, newlines, require_frames
 from focuslib.prefill.record import Prefill
@@ -29,9 +29,10 @@ class FlashVid(Method):
     layer: before it the model itself drops tokens, a number or a share of the depth (published: 20 of 28); inner
     retention: the share that the last token's attention keeps there. target_sparsity: the tokens a frame that bring
     the counted sparsity nearest this; None: retention holds. tower_layer: whose attention is read, from the end.
+    positions: "published" renumbers the tokens that enter the model (models whose positions have several axes keep
+    them), not those that it drops at `layer`; "original" leaves their positions.
 
     Acts on the projected features, before layer 0, with the tower's attention pooled to them; newline tokens stay.
-    Positions are renumbered there (they stay where they have several axes), not at `layer`.
     Costs a tower layer's attention once more, distances within frames and between consecutive ones, and one row.
     """
 
@@ -48,8 +49,10 @@ class FlashVid(Method):
     inner_retention: float = 0.3
     target_sparsity: float | None = None
     tower_layer: int = -1
+    positions: str = "published"
 
     def __post_init__(self):
+        check_choice(self.name, "positions", self.positions, "original")
         (layer,) = checked_layers("method flashvid: layer", (self.layer,))
         object.__setattr__(self, "layer", layer)
         if layer == 0:
@@ -104,7 +107,7 @@ class FlashVid(Method):
         x[rows] = merged
         hidden = hidden.clone()
         hidden[prefill.visual] = x
-        prefill.renumber()
+        prefill.renumber(self.positions == "published")
         return hidden, prefill.keep(torch.cat([rows, blank.nonzero().squeeze(1)]).sort().values)
 
     def _media(self, prefill: Prefill, x: Tensor, received: Tensor, shapes: list) -> list[tuple[Tensor, Tensor]]:

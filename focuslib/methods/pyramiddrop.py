@@ -9,7 +9,7 @@ from focuslib.errors import UserError
 from focuslib.kernels.ranking import last_row
 from focuslib.kernels.semantic import most_important, tokens_to_keep
 from focuslib.methods.base import Method
-from focuslib.methods.budget import check_share, check_target, schedule_sparsity, solve
+from focuslib.methods.budget import check_choice, check_share, check_target, schedule_sparsity, solve
 from focuslib.methods.depth import checked_layers, layer_numbers
 from focuslib.prefill.record import Prefill
 
@@ -51,8 +51,7 @@ class PyramidDrop(Method):
         for share in self.retention:
             check_share(self.name, "retention", share)
         check_target(self.name, self.target_sparsity)
-        if self.positions not in ("published", "original"):
-            raise UserError(f"method pyramiddrop: positions is {self.positions!r}; it must be published or original")
+        check_choice(self.name, "positions", self.positions, "original")
 
     def begin(self, prefill: Prefill, embeds: Tensor) -> None:
         depth, tokens = prefill.shape.layers, prefill.grid.length
@@ -61,8 +60,7 @@ class PyramidDrop(Method):
             raise UserError(f"method pyramiddrop: layer {layers[-1]} does not exist; the model has {depth}")
         keep = [tokens_to_keep(tokens, share, tokens) for share in self.retention]
         prefill.state["keep"] = dict(zip(layers, keep, strict=True))
-        if self.positions == "published":
-            prefill.renumber()
+        prefill.renumber(self.positions == "published")
 
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         stages = prefill.state["keep"]

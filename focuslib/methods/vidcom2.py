@@ -8,7 +8,7 @@ from torch import Tensor
 
 from focuslib.kernels.outliers import frame_counts, frame_shares, mean_similarities, outliers
 from focuslib.methods.base import Method
-from focuslib.methods.budget import check_share, check_target, tokens_for
+from focuslib.methods.budget import check_choice, check_share, check_target, tokens_for
 from focuslib.methods.frames import frame_sizes, newlines
 from focuslib.prefill.record import Prefill
 
@@ -20,11 +20,11 @@ class VidCom2(Method):
     """VidCom2, with the published default.
 
     retention: share of the visual tokens that are kept, on average over the frames (R). target_sparsity: keep what
-    makes the counted sparsity this instead; None: retention holds.
+    makes the counted sparsity this instead; None: retention holds. positions: "published" renumbers the tokens that are
+    left (models whose positions have several axes keep them, as published for Qwen), "original" leaves their positions.
 
-    Acts on the projected features, before layer 0. Positions are renumbered (they stay where they have several axes,
-    as published for Qwen). Newline tokens are not ranked and all stay, at their place (published: at the end of their
-    frame). Costs a few passes over the features.
+    Acts on the projected features, before layer 0. Newline tokens are not ranked and all stay, at their place
+    (published: at the end of their frame). Costs a few passes over the features.
     Results: details importance ([S] float32: minus the similarity with the means, ∞ for newlines).
     """
 
@@ -33,8 +33,10 @@ class VidCom2(Method):
 
     retention: float = 0.25
     target_sparsity: float | None = None
+    positions: str = "published"
 
     def __post_init__(self):
+        check_choice(self.name, "positions", self.positions, "original")
         check_share(self.name, "retention", self.retention)
         check_target(self.name, self.target_sparsity)
 
@@ -62,7 +64,7 @@ class VidCom2(Method):
             sizes = torch.bincount(frame).tolist()
             stays[index[outliers(video + own, sizes, frame_counts(frame_shares(video, frame, share), sizes))]] = True
         prefill.note_importance(importance, "difference from the means of frame and video")
-        prefill.renumber()
+        prefill.renumber(self.positions == "published")
         return hidden, prefill.keep(stays)
 
 

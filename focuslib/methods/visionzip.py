@@ -8,7 +8,7 @@ from torch import Tensor
 
 from focuslib.kernels.contextual import add_means, dominant_and_contextual
 from focuslib.methods.base import Method
-from focuslib.methods.budget import check_share, check_target, tokens_for
+from focuslib.methods.budget import check_choice, check_share, check_target, tokens_for
 from focuslib.methods.frames import frame_shapes, newlines
 from focuslib.prefill.record import Prefill
 
@@ -20,11 +20,14 @@ class VisionZip(Method):
     retention: share of each frame's tokens that the language model gets. contextual: share of those that others are
     merged into (published: 10 of 64, 20 of 128, 30 of 192); the rest are the dominant ones. target_sparsity: keep what
     makes the counted sparsity this; None: retention holds. tower_layer: whose attention and keys are read.
+    order: "published" puts a frame's dominant tokens first, then the merged ones; "place" leaves all at their place.
+    positions: "published" renumbers the tokens that are left (models whose positions have several axes keep them),
+    "original" leaves their positions.
 
     The tower's attention (of its CLS token; without one the mean over rows) and keys are pooled to the language model's
     tokens, and the tokens are merged after the projector (published: before it, without pooling, on one picture).
-    Newline tokens of a video's rows stay. Positions are renumbered (they stay where they have several axes).
-    Costs the attention of one tower layer once more. Results: details importance ([S] float32), joins ([S] int64).
+    Newline tokens of a video's rows stay. Costs the attention of one tower layer once more.
+    Results: details importance ([S] float32), joins ([S] int64).
     """
 
     name: ClassVar[str] = "visionzip"
@@ -34,8 +37,12 @@ class VisionZip(Method):
     contextual: float = 0.15625
     target_sparsity: float | None = None
     tower_layer: int = -2
+    order: str = "published"
+    positions: str = "published"
 
     def __post_init__(self):
+        for name, other in (("order", "place"), ("positions", "original")):
+            check_choice(self.name, name, getattr(self, name), other)
         check_share(self.name, "retention", self.retention)
         check_share(self.name, "contextual", self.contextual, zero=True)
         check_target(self.name, self.target_sparsity)
@@ -63,7 +70,8 @@ class VisionZip(Method):
             part = slice(first, first + len(index))
             contextual = min(round(count * self.contextual), count - 1)
             kept, own = dominant_and_contextual(seen.received[part], seen.keys[part], count - contextual, contextual)
-            x[index[kept.sort().values]] = add_means(x[index], own)[kept]  # dominant ones first, as published
+            places = index[kept] if self.order == "place" else index[kept].sort().values  # dominant ones come first
+            x[places] = add_means(x[index], own)[kept]
             joins[index] = index[own]
             stays[index[kept]] = True
             first, used = first + len(index), used + count
@@ -73,5 +81,5 @@ class VisionZip(Method):
         prefill.record.details["joins"] = joins.cpu()
         hidden = hidden.clone()
         hidden[prefill.visual] = x
-        prefill.renumber()
+        prefill.renumber(self.positions == "published")
         return hidden, prefill.keep(stays)
