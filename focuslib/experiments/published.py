@@ -22,6 +22,7 @@ from focuslib.validation import Strict, validate
 
 PUBLISHED_GPU_GB = 80  # the paper's hours and settings are of such a card
 TYPICAL, LONG, RATE = (360, 640), 15000, 25.0  # pixels, frames and rate of a video whose tokens are counted
+UNKNOWN = 500  # questions of a data set whose number is not known
 
 
 class PublishedCost(Strict):
@@ -67,6 +68,14 @@ def seconds_a_question(cell: Cell) -> float | None:
     if tokens is None and cell.dataset in costs.questions and adapter_of(cell.model) is HfVLM:
         tokens = video_tokens(str(cell.checkpoint), cell.frames, cell.fps)
     return None if tokens is None or hours is None else hours * 3600 * tokens / costs.tokens
+
+
+def expected_work(cell: Cell) -> float:
+    """About how much work a cell is, without its data: seconds where they are published, else its questions."""
+    one = seconds_a_question(cell) or 1.0
+    if cell.kind in ("cost", "view"):
+        return one
+    return one * (published_questions(cell) or cell.limit or UNKNOWN)
 
 
 def is_published(cell: Cell) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from focuslib.errors import UserError
@@ -35,10 +36,10 @@ def reproduce(
         for name in chosen
     }
     plans = {name: plan(name, profile, of[name]) for name in chosen}
-    counts = [len(cells) for _, cells in plans.values()]
+    cells = [cells for _, cells in plans.values()]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
-        announce(sum(counts[:number]), sum(counts), start)
+        announce(list(chain(*cells[:number])), list(chain(*cells)), start)
         began = time.time()
         try:
             notebook = execute(experiment, profile, of[experiment])

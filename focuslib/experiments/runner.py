@@ -89,12 +89,12 @@ def run_cells(
     cells = list(dict.fromkeys(cells))
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     workers = workers if isinstance(workers, Workers) else Workers(workers)
-    with Bar(len(cells), experiment) as bar:
+    with Bar(cells, experiment) as bar:
         for cell, ran, why in _settle(cells, folder, workers, bar, outcome.refused):
             outcome.ran += ran
             if why:
                 outcome.failed[cell] = why
-            bar.step()
+            bar.step(cell, ran)
     for cell in cells:
         if cell not in outcome.failed:
             # the same checkpoint may have been at another path when the result was written

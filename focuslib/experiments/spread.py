@@ -17,7 +17,7 @@ from focuslib.experiments.cell import Cell
 from focuslib.experiments.engine import Answer, Engine, Fault, Message, Queue, Report
 from focuslib.experiments.finish import Settled, choose_trace, one_line, resume, trace_file, write_result
 from focuslib.experiments.progress import Bar
-from focuslib.experiments.published import seconds_a_question
+from focuslib.experiments.published import expected_work, seconds_a_question
 from focuslib.experiments.shards import Question, Shard, questions_of, split
 from focuslib.experiments.store import claimed, result_file, work_folder
 from focuslib.files import write_bytes, write_json
@@ -49,6 +49,12 @@ class CellRun:
     def looks(self) -> bool:
         """Whether it is about one question, and has no answers."""
         return self.cell.kind in ("cost", "view")
+
+    @property
+    def work_done(self) -> float:
+        """Of its work, that of the questions that are answered, until it has its result."""
+        under_way = self.shards > 0 and self.questions
+        return expected_work(self.cell) * len(self.records) / len(self.questions) if under_way else 0.0
 
     def split(self, size: int | None) -> list[Shard]:
         """The shards that are left; one without questions where only what the cell ran on is not known."""
@@ -201,7 +207,7 @@ class _Watch:
         self.bar.say(
             f"{self.count - left}/{self.count} shards, {answered}/{self.questions} questions, "
             f"{self.engine.workers} workers ({at}), {faults} faults",
-            answered / self.questions if self.questions else 0.0,
+            sum(run.work_done for run in self.runs),
         )
 
     def _few(self) -> list[tuple[str, Shard]]:
