@@ -11,7 +11,7 @@ import yaml
 
 from focuslib.errors import UserError
 from focuslib.evaluation.settings import methods_file
-from focuslib.experiments.paper import plan, planned_cells
+from focuslib.experiments.paper import CELLS, plan
 from focuslib.experiments.params import EXPERIMENTS, read_params
 from focuslib.experiments.published import PublishedCost, published_cost
 from focuslib.experiments.tuning import Tuning, read_tuning
@@ -126,7 +126,7 @@ def read_and_plan(path):
         read_tuning(path)
         return lambda: None
     params = read_params(path)
-    return lambda: planned_cells(path.stem, params)
+    return lambda: CELLS[path.stem](params)
 
 
 def names_in(text: bytes) -> list[str]:

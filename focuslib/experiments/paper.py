@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def plan(experiment: str, profile: str, changes: dict[str, Any] | None = None) -
     params = experiment_params(experiment, profile, changes)
     methods_file()  # first, so that its mistakes are not said to be the experiment's
     try:
-        return params, planned_cells(experiment, params)
+        return params, CELLS[experiment](params)
     except UserError as error:
         raise UserError(f"{shown(params_folder() / profile / f'{experiment}.yaml')}: {error}") from error
 
@@ -215,34 +215,44 @@ def int8_cells(params: dict[str, Any], medians: Mapping[tuple[str, str], int | N
     return cells
 
 
-def planned_cells(experiment: str, params: dict[str, Any]) -> list[Cell]:
-    """The cells of an experiment with checked parameters (see params.py). The hardware models and speed have none."""
-    if experiment == "hardware":
-        for name in params["accelerators"] or []:
-            pick(ACCELERATORS, name, "accelerator")
-        return []
-    if experiment == "speed":
-        for kind, names, registry in (
-            ("model", [*params["models"], *(params["checkpoints"] or {})], MODELS),
-            ("data set", params["datasets"], DATASETS),
-            ("method", params["methods"], METHODS),
-        ):
-            for name in names:
-                pick(registry, name, kind)
-        return []
-    if experiment == "dse":
-        return dse_cells(params)
-    if experiment == "methods":
-        pairs = list(_pairs(params))
-        return compared_cells(pairs, params["methods"], params["targets"], params["limit"], params["settings"])
-    if experiment == "curves":
-        return curve_cells(list(_pairs(params)), points_of(params), params["limit"])
-    if experiment == "int8":
-        any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
-        return int8_cells(params, any_median)
-    return comparison_cells(
-        params, traces=experiment != "baselines", costs=experiment == "baselines", view=experiment == "main"
-    )
+def _no_cells_of_hardware(params: dict[str, Any]) -> list[Cell]:
+    """The hardware models run no cells; their accelerators' names are checked."""
+    for name in params["accelerators"] or []:
+        pick(ACCELERATORS, name, "accelerator")
+    return []
+
+
+def _no_cells_of_speed(params: dict[str, Any]) -> list[Cell]:
+    """What is timed is no cell, since it is never taken over from an earlier run; the names are checked."""
+    for kind, names, registry in (
+        ("model", [*params["models"], *(params["checkpoints"] or {})], MODELS),
+        ("data set", params["datasets"], DATASETS),
+        ("method", params["methods"], METHODS),
+    ):
+        for name in names:
+            pick(registry, name, kind)
+    return []
+
+
+def _planned_int8_cells(params: dict[str, Any]) -> list[Cell]:
+    any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
+    return int8_cells(params, any_median)
+
+
+# experiment → its cells, of checked parameters (see params.py)
+CELLS: dict[str, Callable[[dict[str, Any]], list[Cell]]] = {
+    "main": lambda params: comparison_cells(params, traces=True, view=True),
+    "baselines": lambda params: comparison_cells(params, costs=True),
+    "methods": lambda params: compared_cells(
+        list(_pairs(params)), params["methods"], params["targets"], params["limit"], params["settings"]
+    ),
+    "curves": lambda params: curve_cells(list(_pairs(params)), points_of(params), params["limit"]),
+    "dse": dse_cells,
+    "int8": _planned_int8_cells,
+    "image": lambda params: comparison_cells(params, traces=True),
+    "hardware": _no_cells_of_hardware,
+    "speed": _no_cells_of_speed,
+}
 
 
 def _block(text: Any) -> dict[str, int]:
