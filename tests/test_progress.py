@@ -61,12 +61,15 @@ def test_results_that_were_there_took_no_time(clock):
 
 def test_notebooks_go_on_where_the_one_before_ended(clock):
     first, second, later = [cell(limit=50)], [cell(limit=30, seed=1)], [cell(limit=20, seed=2)]
-    progress.announce(first, [*first, *second, *later], clock[0])
+    progress.announce(first, second, later, clock[0])
     clock[0] += 600
     with progress.Bar(second, "baselines") as bar:
         assert (bar.bar.n, bar.bar.total) == (1, 3)
         clock[0] += 60
         bar.step(second[0], True)
         assert text(bar) == "11 min, about 1 min left"  # 20 questions at 30 a minute
-    with progress.Bar(later, "the same notebook again") as bar:
-        assert (bar.bar.n, bar.done) == (2, 80)
+    more = cell("view", 1)
+    with progress.Bar([more], "the same notebook, what was not announced") as bar:
+        clock[0] += 60
+        bar.step(more, True)
+        assert (bar.bar.n, bar.done, text(bar)) == (2, 80, "12 min")

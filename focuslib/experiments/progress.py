@@ -12,14 +12,16 @@ from tqdm import tqdm
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.published import expected_work
 
-_VARIABLE = "FOCUSLIB_PROGRESS"  # cells done, cells in all, the work of both, start in seconds since 1970
+# cells that are done, that will be after this notebook, and in all; the same of their work; the time of the start
+_VARIABLE = "FOCUSLIB_PROGRESS"
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells{postfix}"
 _PAUSE = 0.5  # seconds between two texts on the bar
 
 
-def announce(done: Sequence[Cell], cells: Sequence[Cell], start: float) -> None:
-    """Tell processes started from here which of all cells are done; start: time.time() of the first."""
-    _tell(len(done), len(cells), sum(map(expected_work, done)), sum(map(expected_work, cells)), start)
+def announce(done: Sequence[Cell], coming: Sequence[Cell], later: Sequence[Cell], start: float) -> None:
+    """Tell a notebook's process which cells are done, its own, and those after. start: time.time() of the first."""
+    parts = done, [*done, *coming], [*done, *coming, *later]
+    _tell(*map(len, parts), *(sum(map(expected_work, part)) for part in parts), start)
 
 
 def _tell(*numbers: float) -> None:
@@ -30,15 +32,15 @@ class Bar:
     """A bar over an experiment's cells: over those of all notebooks where `announce` was called, else over these.
 
     What is left is guessed from the work (see published.expected_work) that was done since the bar was made: cells that
-    had their results took no time.
+    had their results took no time. Cells that a notebook runs beyond those announced move nothing.
     """
 
     def __init__(self, cells: Sequence[Cell], experiment: str):
         text = os.environ.get(_VARIABLE)
         self.known = text is not None
         work = sum(map(expected_work, cells))
-        done, self.total, self.done, self.whole, self.start = (
-            json.loads(text) if text else (0, len(cells), 0.0, work, time.time())
+        done, self.until, self.total, self.done, self.work, self.whole, self.start = (
+            json.loads(text) if text else (0, len(cells), len(cells), 0.0, work, work, time.time())
         )
         self.made, self.ran, self.said = time.time(), 0.0, 0.0
         self.bar = tqdm(total=self.total, initial=done, desc=experiment, bar_format=_FORMAT)
@@ -49,15 +51,15 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.known:
-            _tell(self.bar.n, self.total, self.done, self.whole, self.start)
+            _tell(self.bar.n, self.until, self.total, self.done, self.work, self.whole, self.start)
 
     def step(self, cell: Cell, ran: bool) -> None:
         """A cell is settled. ran: in this run, so that it took its time."""
         work = expected_work(cell)
-        self.done += work
+        self.done = min(self.done + work, self.work)
         self.ran += work * ran
         self.bar.set_postfix_str(self._times(0.0), refresh=False)
-        self.bar.update(min(1, self.total - self.bar.n))
+        self.bar.update(min(1, self.until - self.bar.n))
 
     def due(self) -> bool:
         """Whether it is time for another text."""
@@ -72,7 +74,7 @@ class Bar:
         """Minutes gone, and left if the rest goes on as fast as what was run since the bar was made."""
         now, ran = time.time(), self.ran + under_way
         gone = f"{(now - self.start) / 60:.0f} min"
-        if not ran:
+        if not ran or self.bar.n == self.until:
             return gone
         left = (now - self.made) / ran * max(self.whole - self.done - under_way, 0.0)
         return f"{gone}, about {left / 60:.0f} min left"

@@ -39,7 +39,7 @@ def reproduce(
     cells = [cells for _, cells in plans.values()]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
-        announce(list(chain(*cells[:number])), list(chain(*cells)), start)
+        announce(list(chain(*cells[:number])), cells[number], list(chain(*cells[number + 1 :])), start)
         began = time.time()
         try:
             notebook = execute(experiment, profile, of[experiment])
