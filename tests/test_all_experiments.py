@@ -12,6 +12,7 @@ from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
 from focuslib.experiments.cell import make_cell
+from focuslib.experiments.paper import expected_folder
 from focuslib.experiments.params import experiment_params, read_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import Outcome
@@ -233,6 +234,18 @@ def test_verify_sees_differences(done, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no expected tables"):
         expected_tables(tmp_path / "none")
+
+
+def test_the_committed_tables_can_be_compared():
+    """Every row is told apart from the others, in all tables that a profile commits."""
+    folder = expected_folder("laptop")
+    expected = expected_tables(folder)
+    assert {"accuracy.csv", "curves.csv", "methods.csv"} <= expected.keys()
+    assert compare_folder(expected, folder) == []
+    worse = expected["methods.csv"].copy()
+    worse.loc[5, "Right"] -= 6
+    (line,) = compare_tables(expected["methods.csv"], worse, "methods.csv")
+    assert line.startswith("methods.csv: tiny_onevision") and "Right is" in line
 
 
 def test_the_latest_settings_win(tmp_path):

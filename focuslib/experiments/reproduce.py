@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 from focuslib.errors import UserError
+from focuslib.experiments.made import as_made, note_made
 from focuslib.experiments.notebooks import execute
 from focuslib.experiments.paper import plan, results_folder
 from focuslib.experiments.params import EXPERIMENTS, Experiment
@@ -22,6 +23,7 @@ def reproduce(
 ) -> bool:
     """Run the notebooks, or one; a failing one does not stop the others. Returns whether all cells have a result.
 
+    Without `only`, a notebook that would be made again as it is stays (see made.as_made).
     changes: replace values of every parameter file (see notebooks.execute). workers: the same, of those with cells.
     Prints one summary.
     Raises UserError for a mistake in any parameter file, before anything runs.
@@ -39,16 +41,24 @@ def reproduce(
     cells = [cells for _, cells in plans.values()]
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
+        params, own = plans[experiment]
+        results = results_folder(params["results"])
+        if not only and as_made(experiment, results, params, own):
+            text = read_status(results, experiment)["text"]
+            lines.append(f"{experiment} (as it was): {text}".replace("\n", "\n    "))
+            continue
         announce(list(chain(*cells[:number])), cells[number], list(chain(*cells[number + 1 :])), start)
         began = time.time()
         try:
             notebook = execute(experiment, profile, of[experiment])
             status = read_status(notebook.parent, experiment)
+            if status["complete"]:
+                note_made(experiment, results, params, own)
             what, complete = f"{status['text']}\ntables and figures: {notebook}", status["complete"]
         except UserError as error:
             what, complete = f"failed: {error}", False
             with suppress(OSError):  # what the cells said before the notebook failed
-                status = read_status(results_folder(plans[experiment][0]["results"]), experiment)
+                status = read_status(results, experiment)
                 what += f"\n{status['text']}" if status["time"] >= began else ""
         lines.append(f"{experiment} ({(time.time() - began) / 60:.1f} min): {what}".replace("\n", "\n    "))
         whole &= complete

@@ -25,6 +25,7 @@ SHARES = {"Sparsity": 0.01, "linear_sparsity": 0.01, "query_sparsity": 0.01, "at
 EXACT = dict.fromkeys(("Questions", "Failed", "Sequence length", "Num frames", "Num patches"), 0.0)
 RELATIVE = {"Operations (million)": 0.02}  # of the expected number
 NOT_COMPARED = ("Median index", "Note")
+SWEPT = ("m_tile_size", "vector_size", "Target")  # numbers that tell rows apart
 
 
 def tolerance(column: str, expected: float, questions: float | None) -> float:
@@ -66,7 +67,7 @@ def compare_tables(expected: pd.DataFrame, fresh: pd.DataFrame, name: str) -> li
     if list(expected.columns) != list(fresh.columns):
         return [f"{name}: columns {', '.join(fresh.columns)} instead of {', '.join(expected.columns)}"]
     words = [c for c in expected if c not in NOT_COMPARED and not pd.api.types.is_numeric_dtype(expected[c])]
-    keys = words + [c for c in ("m_tile_size", "vector_size") if c in expected]
+    keys = words + [c for c in SWEPT if c in expected]
     theirs, ours = (table.set_index(keys) if keys else table for table in (expected, fresh))
     lines = [f"{name}: row {_words(key)} is missing" for key in theirs.index.difference(ours.index)]
     lines += [f"{name}: row {_words(key)} is not expected" for key in ours.index.difference(theirs.index)]

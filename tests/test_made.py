@@ -1,0 +1,118 @@
+"""A run of all notebooks leaves those that it would make again as they are."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from focuslib.errors import UserError
+from focuslib.experiments import reproduce as module
+from focuslib.experiments.cell import make_cell
+from focuslib.experiments.paper import results_folder
+from focuslib.experiments.reproduce import reproduce
+from focuslib.experiments.store import CellResult, write_status
+from focuslib.files import write_json
+from focuslib.paths import project_root
+
+NAMES = ("main", "hardware")
+
+
+@dataclass
+class Notebooks:
+    """What executes notebooks here: it notes which, and leaves a result, a table and the notebook."""
+
+    folder: Path
+    executed: list[str] = field(default_factory=list)
+    failures: list = field(default_factory=list)
+    fails: bool = False
+
+    def execute(self, experiment, profile, changes=None):
+        self.executed.append(experiment)
+        if self.fails:
+            raise UserError("it broke")
+        cell = make_cell(
+            "accuracy", model="tiny_onevision", dataset="tinyvideo_motion", method="dense", limit=1, device="cpu",
+            dtype="float32", seed=0,
+        )  # fmt: skip
+        results = [CellResult(cell, 100.0, [], self.failures, {})] if experiment == "main" else []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for result in results:
+            about = {"score": 100.0, "samples": [], "failures": result.failures, "provenance": {}}
+            write_json(self.folder / "cells" / f"{cell.name()}.json", {"cell": cell.__dict__, **about})
+        write_status(self.folder, experiment, results, True, "1 cells run")
+        (self.folder / "accuracy.csv").write_text("a\n")
+        (self.folder / f"{experiment}.ipynb").write_text("{}")
+        return self.folder / f"{experiment}.ipynb"
+
+    def run(self, **what) -> list[str]:
+        """What is executed by one more run."""
+        self.executed.clear()
+        assert reproduce("laptop", **what) is not self.fails
+        return list(self.executed)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A project with two notebooks."""
+    root = project_root()
+    for name in NAMES:
+        for place in (f"params/laptop/{name}.yaml", f"notebooks/{name}.ipynb"):
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / place, tmp_path / place)
+    shutil.copy(root / "params" / "methods.yaml", tmp_path / "params")
+    shutil.copytree(root / "params" / "published", tmp_path / "params" / "published")
+    monkeypatch.chdir(tmp_path)
+    made = Notebooks(results_folder("laptop"))
+    assert made.folder.is_relative_to(tmp_path)
+    monkeypatch.setattr(module, "execute", made.execute)
+    monkeypatch.setenv("FOCUSLIB_PROGRESS", "")
+    return made
+
+
+def test_a_second_run_makes_nothing(notebooks, capsys):
+    assert notebooks.run() == [*NAMES]
+    assert notebooks.run() == [] and "main (as it was): 1 cells run" in capsys.readouterr().out
+    assert notebooks.run(workers={"workers": 1}) == []  # who answers changes no answer
+    assert notebooks.run(only="main") == ["main"]
+
+
+def change_text(name):
+    def change(folder):
+        path = folder.parents[1] / name
+        path.write_text(path.read_text().replace("limit: 240", "limit: 40").replace("Where the", "From where the"))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (change_text("params/laptop/main.yaml"), ["main"]),
+        (change_text("notebooks/main.ipynb"), ["main"]),
+        (lambda folder: (folder / "accuracy.csv").unlink(), ["main"]),  # which writes it anew
+        (lambda folder: (folder / "hardware.ipynb").unlink(), ["hardware"]),
+        (lambda folder: next(folder.glob("cells/*.json")).unlink(), ["main"]),
+        (lambda folder: (folder / "cells" / "another.json").write_text("{}"), ["hardware"]),
+        (lambda folder: (folder / "cells" / "main.made").write_text("{"), ["main"]),
+    ],
+    ids=["parameters", "notebook", "table", "executed", "result", "more-results", "note"],
+)
+def test_what_changes_makes_it_anew(notebooks, change, again):
+    notebooks.run()
+    change(notebooks.folder)
+    assert notebooks.run() == again
+    assert notebooks.run() == []
+
+
+def test_what_failed_is_tried_again(notebooks):
+    notebooks.failures = [{"task": "tinyvideo_motion", "doc_id": 0}]
+    assert notebooks.run() == [*NAMES] and notebooks.run() == ["main"]
+    notebooks.failures = []
+    assert notebooks.run() == ["main"] and notebooks.run() == []
+    notebooks.fails = True
+    change_text("notebooks/main.ipynb")(notebooks.folder)
+    assert notebooks.run() == ["main"] and notebooks.run() == ["main"]
+    note = json.loads((notebooks.folder / "cells" / "hardware.made").read_text())
+    assert {"hardware.ipynb", "accuracy.csv"} <= {*note["files"]}
