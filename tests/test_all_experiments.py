@@ -12,7 +12,6 @@ from focuslib.errors import UserError
 from focuslib.evaluation.lmms import question
 from focuslib.experiments import paper as experiments
 from focuslib.experiments.cell import make_cell
-from focuslib.experiments.paper import expected_folder
 from focuslib.experiments.params import experiment_params, read_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import Outcome
@@ -238,7 +237,7 @@ def test_verify_sees_differences(done, tmp_path):
 
 def test_the_committed_tables_can_be_compared():
     """Every row is told apart from the others, in all tables that a profile commits."""
-    folder = expected_folder("laptop")
+    folder = experiments.expected_folder("laptop")
     expected = expected_tables(folder)
     assert {"accuracy.csv", "curves.csv", "methods.csv"} <= expected.keys()
     assert compare_folder(expected, folder) == []
