@@ -67,7 +67,8 @@ def test_a_probe_measures_here(monkeypatch):
     monkeypatch.setattr("focuslib.experiments.forecast.EXPERIMENTS", wanted)
     found = forecast("laptop", probe=2)
     assert found.unknown == {} and found.seconds > 0 and found.loading > 0
-    assert sum(len(shard.questions) for shard in found.shards) == 3 * (3 * 240 + 10) + 1  # dense, Focus and grey pictures, traces; a view
+    asked = sum(len(shard.questions) for shard in found.shards)
+    assert asked == 3 * (240 + 240 + 240 + 10) + 1  # dense, Focus, dense on grey pictures, traces; a view
 
 
 def test_the_command_prints_it(capsys):
