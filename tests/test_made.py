@@ -81,7 +81,12 @@ def test_a_second_run_makes_nothing(notebooks, capsys):
 def change_text(name):
     def change(folder):
         path = folder.parents[1] / name
-        path.write_text(path.read_text().replace("limit: 240", "limit: 40").replace("Where the", "From where the"))
+        path.write_text(
+            path.read_text()
+            .replace("limit: 240", "limit: 40")
+            .replace("Where the", "From where the")
+            .replace("cost: 0.4", "cost: 0.5")
+        )
 
     return change
 
@@ -91,13 +96,14 @@ def change_text(name):
     [
         (change_text("params/laptop/main.yaml"), ["main"]),
         (change_text("notebooks/main.ipynb"), ["main"]),
+        (change_text("params/methods.yaml"), [*NAMES]),
         (lambda folder: (folder / "accuracy.csv").unlink(), ["main"]),  # which writes it anew
         (lambda folder: (folder / "hardware.ipynb").unlink(), ["hardware"]),
         (lambda folder: next(folder.glob("cells/*.json")).unlink(), ["main"]),
         (lambda folder: (folder / "cells" / "another.json").write_text("{}"), ["hardware"]),
         (lambda folder: (folder / "cells" / "main.made").write_text("{"), ["main"]),
     ],
-    ids=["parameters", "notebook", "table", "executed", "result", "more-results", "note"],
+    ids=["parameters", "notebook", "settings", "table", "executed", "result", "more-results", "note"],
 )
 def test_what_changes_makes_it_anew(notebooks, change, again):
     notebooks.run()

@@ -308,7 +308,8 @@ def reproduce(
 ) -> int:
     """Run the experiment notebooks.
 
-    They are executed with a profile's parameters. Cells with a result are not run again.
+    They are executed with a profile's parameters. Cells with a result are not run again, and without --only a notebook
+    that would be made again as it is stays.
     """
     from focuslib.experiments.reproduce import reproduce
 

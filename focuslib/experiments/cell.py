@@ -53,6 +53,11 @@ class Cell:
         precision = f" in {self.quantization}" if self.quantization else ""
         return f"{self.kind} {self.model} × {self.dataset} × {self.method}{precision}"
 
+    @property
+    def looks(self) -> bool:
+        """Whether it is about one question, and has no answers."""
+        return self.kind in ("cost", "view")
+
     def identity(self) -> dict[str, Any]:
         """All that decides the result. Raises UserError if the checkpoint or the data set is unknown or missing."""
         dataset = pick(DATASETS, self.dataset, "dataset")

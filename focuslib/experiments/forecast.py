@@ -123,7 +123,7 @@ def forecast(profile: str, size: int | None = None, probe: int | None = None) ->
 
 def _questions(cell: Cell, data: bool) -> list[Question] | None:
     """As many questions as a cell asks; None: not known. data: count those of the data, else the published ones."""
-    if cell.kind in ("cost", "view"):
+    if cell.looks:
         return [(cell.dataset, 0)]
     if data:
         return questions_of(cell)

@@ -59,9 +59,9 @@ def _sources(experiment: str, folder: Path, params: dict[str, Any], cells: list[
 
 
 def _texts(experiment: str) -> list[list[str]]:
-    """The notebook, the package and the published inputs: file → digest of its bytes."""
+    """The notebook, the package, the methods' settings and the published inputs: file → digest of its bytes."""
     package, published = Path(focuslib.__file__).parent, params_folder() / "published"
-    files = [project_root() / "notebooks" / f"{experiment}.ipynb"]
+    files = [project_root() / "notebooks" / f"{experiment}.ipynb", params_folder() / "methods.yaml"]
     for place in (package, published):
         files += sorted(path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]

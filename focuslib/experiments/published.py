@@ -73,7 +73,7 @@ def seconds_a_question(cell: Cell) -> float | None:
 def expected_work(cell: Cell) -> float:
     """About how much work a cell is, without its data: seconds where they are published, else its questions."""
     one = seconds_a_question(cell) or 1.0
-    if cell.kind in ("cost", "view"):
+    if cell.looks:
         return one
     return one * (published_questions(cell) or cell.limit or UNKNOWN)
 

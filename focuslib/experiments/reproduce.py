@@ -47,7 +47,7 @@ def reproduce(
             text = read_status(results, experiment)["text"]
             lines.append(f"{experiment} (as it was): {text}".replace("\n", "\n    "))
             continue
-        announce(list(chain(*cells[:number])), cells[number], list(chain(*cells[number + 1 :])), start)
+        announce(list(chain(*cells[:number])), own, list(chain(*cells[number + 1 :])), start)
         began = time.time()
         try:
             notebook = execute(experiment, profile, of[experiment])

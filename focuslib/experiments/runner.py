@@ -157,7 +157,7 @@ def _run(cell: Cell, path: Path, loaded: Loader) -> None:
     require(DATASETS[cell.dataset])  # before a model is loaded in vain
     vlm = loaded(cell)
     start = time.time()
-    content = _look(cell, path, vlm) if cell.kind in ("cost", "view") else _score(cell, path, vlm)
+    content = _look(cell, path, vlm) if cell.looks else _score(cell, path, vlm)
     write_result(cell, path, content, {**describe_run(vlm, cell), "seconds": time.time() - start})
 
 

@@ -46,11 +46,6 @@ class CellRun:
         self.tries: dict[int, tuple[int, int]] = {}  # shard number → faults, questions left at the last one
 
     @property
-    def looks(self) -> bool:
-        """Whether it is about one question, and has no answers."""
-        return self.cell.kind in ("cost", "view")
-
-    @property
     def work_done(self) -> float:
         """Of its work, that of the questions that are answered, until it has its result."""
         under_way = self.shards > 0 and self.questions
@@ -60,7 +55,7 @@ class CellRun:
         """The shards that are left; one without questions where only what the cell ran on is not known."""
         require(DATASETS[self.cell.dataset])
         shards = []
-        if not self.looks:
+        if not self.cell.looks:
             self.questions = questions_of(self.cell)
             seconds = seconds_a_question(self.cell)
             shards = split(self.cell, self.questions, self.records.keys(), size, seconds, self.identity)
@@ -114,7 +109,7 @@ class CellRun:
         """Score the answers and write the result."""
         self.journal.close()
         content = self.content
-        if not self.looks:
+        if not self.cell.looks:
             cell = self.cell
             dataset = DATASETS[cell.dataset]
             found = score_answers(cell.model, dataset, self.records, limit=cell.limit, seed=cell.seed)

@@ -70,7 +70,7 @@ class Worker:
         self._check(shard)
         start = time.time()
         vlm = self.load(shard.cell)
-        if shard.cell.kind in ("cost", "view"):
+        if shard.cell.looks:
             content, view = _look(vlm, shard.cell)
         else:
             yield from _answers(vlm, shard)
