@@ -35,7 +35,8 @@ METHODS = [
     PyramidDrop(layers=(1, 2), retention=(0.5, 0.25), positions="original"), DyCoke(decoding_retention=1),
     DyCoke(order="place", decoding_retention=1), DyCoke(positions="original", decoding_retention=1),
     VidCom2(retention=0.4, positions="original"),
-    Random(), Uniform(), FewerFrames(), FewerPixels(),
+    Random(), Uniform(), FewerFrames(), FewerPixels(), FewerFrames(positions="original"),
+    FewerPixels(positions="original"),
 ]  # fmt: skip
 FAMILIES = [
     ("qwen2", "sdpa", {}), ("qwen2", "eager", {}), ("qwen3", "sdpa", {}), ("llama", "eager", {}),
@@ -79,8 +80,8 @@ def decoding_error(vlm, method, inputs, steps=10):
             return_dict_in_generate=True,
         )  # fmt: skip
     assert prefill.last.kept
-    ranked_by_text = isinstance(method, (FastV, PyramidDrop))
-    renumbered = getattr(method, "positions", "") == "published"
+    ranked_by_text = isinstance(method, (FastV, PyramidDrop, Random))
+    renumbered = isinstance(method, PyramidDrop) and method.positions == "published"
     again = Replay(prefill.last.kept, renumbered) if ranked_by_text else method
     new, worst = answer.sequences[:, inputs["input_ids"].shape[1] :], 0.0
     for step in range(steps):
@@ -117,18 +118,20 @@ def test_deepstack_and_positions_of_several_axes(method):
 
 
 @pytest.mark.parametrize(
-    "method", [VidCom2(), DyCoke(order="place"), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25))], ids=named
+    "method",
+    [VidCom2(), DyCoke(order="place"), PyramidDrop(layers=(1, 2), retention=(0.5, 0.25)), FewerFrames(retention=0.4)],
+    ids=named,
 )
 @torch.inference_mode()
 def test_original_positions_are_those_of_the_whole_prompt(method):
     """As if the tokens that stay had been named without a method: at their positions, or renumbered."""
     vlm, logits = family("qwen2", "sdpa"), {}
-    for positions in ("original", "published"):
-        with replace(method, positions=positions)(vlm) as prefill:
-            logits[positions] = run(vlm)
-        with Replay(prefill.last.kept, positions == "published")(vlm):
-            torch.testing.assert_close(run(vlm), logits[positions], rtol=0, atol=1e-6)
-    assert float((logits["original"] - logits["published"]).abs().max()) > 1e-3
+    for original in (True, False):
+        with (replace(method, positions="original") if original else method)(vlm) as prefill:
+            logits[original] = run(vlm)
+        with Replay(prefill.last.kept, renumbered=not original)(vlm):
+            torch.testing.assert_close(run(vlm), logits[original], rtol=0, atol=1e-6)
+    assert float((logits[True] - logits[False]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS, ids=named)
@@ -387,7 +390,7 @@ def test_methods_that_compare_frames_need_a_video(method):
 
 
 @torch.inference_mode()
-def test_random_draws_anew_for_another_clip_and_never_for_the_same():
+def test_random_draws_anew_for_another_text_and_never_for_the_same():
     vlm = family("qwen2", "sdpa")
     other = {"input_ids": prompt()["input_ids"].flip(1)}
     chosen = []

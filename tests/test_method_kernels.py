@@ -12,12 +12,12 @@ from focuslib.kernels.contextual import add_means, dominant_and_contextual
 from focuslib.kernels.outliers import frame_counts, frame_shares, mean_similarities, outliers
 from focuslib.kernels.ranking import drawn, evenly_spaced, last_row
 from focuslib.kernels.semantic import most_important
-from focuslib.kernels.temporal import decoding_choice, frame_before, temporal_change, temporal_merge
+from focuslib.kernels.temporal import decoding_choice, frame_before, temporal_merge, temporal_similarity
 from focuslib.kernels.trees import (
     cluster_means,
     compress_segment,
     density_peaks,
-    diverse_tokens,
+    diverse_order,
     merge_trees,
     segment_lengths,
 )
@@ -114,9 +114,8 @@ def test_flashvid_segments(vectors):
 def test_flashvid_diverse_tokens(vectors):
     data, meta = vectors("flashvid_diversity")
     for case, wanted in enumerate(meta["cases"]):
-        for frame, kept in enumerate(data[f"kept_{case}"]):
-            chosen = diverse_tokens(data[f"input_{case}"][frame], data[f"attention_{case}"][frame], wanted["keep"])
-            assert chosen.tolist() == kept.tolist()
+        chosen = diverse_order(data[f"input_{case}"], data[f"attention_{case}"], wanted["keep"])
+        assert chosen.sort(1).values.tolist() == data[f"kept_{case}"].tolist()
 
 
 def test_flashvid_trees(vectors):
@@ -165,19 +164,19 @@ def test_flashvid_whole(vectors, case):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 6), size=st.integers(1, 7))
 def test_evs_equals_oracle(seed, frames, size):
-    """Written token by token: 1 − cosine with the token of the same place in the frame before; none for frame 0."""
+    """Written token by token: cosine with the token of the same place in the frame before; none for frame 0."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(frames * size, 5, generator=generator)
     before = frame_before(torch.arange(frames * size) % size)
-    change = temporal_change(x, before)
+    similarity = temporal_similarity(x, before)
     for number in range(frames * size):
         if number < size:
-            assert before[number] == -1 and change[number] == math.inf
+            assert before[number] == number and similarity[number] == -math.inf
         else:
             assert before[number] == number - size
             a, b = x[number].double().numpy(), x[number - size].double().numpy()
             cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
-            assert float(change[number]) == pytest.approx(1 - cosine, abs=1e-5)
+            assert float(similarity[number]) == pytest.approx(cosine, abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Tokens that repeat the same place of an earlier frame: efficient video sampling (EVS); DyCoke's two halves."""
+"""Tokens that repeat the same place of an earlier frame: FrameFusion, efficient video sampling, DyCoke's two halves."""
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +8,25 @@ from focuslib.kernels.semantic import most_important
 
 
 def frame_before(place: Tensor) -> Tensor:
-    """Each token's predecessor: the token of the same place in the nearest earlier frame, −1 where there is none.
+    """Each token's predecessor: the same place's token in the nearest earlier frame, itself where there is none.
 
     place: [S] int64, equal for the tokens of one place (see Grid.places). Returns [S] int64.
     """
     order = place.argsort(stable=True)
     previous, current = order[:-1], order[1:]
     linked = place[previous] == place[current]
-    before = torch.full_like(place, -1)
+    before = torch.arange(len(place), device=place.device)
     before[current[linked]] = previous[linked]
     return before
 
 
-def temporal_change(x: Tensor, before: Tensor) -> Tensor:
-    """1 − cosine similarity of each token with its predecessor, ∞ where there is none (EVS, arXiv 2510.14624).
+def temporal_similarity(x: Tensor, before: Tensor) -> Tensor:
+    """Cosine similarity of each token with its predecessor, −∞ where there is none.
 
     x: [S, D]. before: [S] int64 of `frame_before`. Returns [S] float32.
     """
-    change = 1 - F.cosine_similarity(x.float(), x[before.clamp(min=0)].float(), dim=1)
-    return change.masked_fill(before < 0, torch.inf)
+    similarity = F.cosine_similarity(x.float(), x[before].float(), dim=1)
+    return similarity.masked_fill(before == torch.arange(len(x), device=x.device), -torch.inf)
 
 
 def paired_frames(frames: int) -> list[tuple[int, int]]:

@@ -24,24 +24,24 @@ def segment_lengths(means: Tensor, threshold: float, least: int) -> list[int]:
     return [end - first for first, end in zip([0, *ends], ends, strict=False)]
 
 
-def diverse_tokens(x: Tensor, attention: Tensor, keep: int) -> Tensor:
-    """Greedily the token farthest from those chosen: cosine distance times the attention that it receives.
+def diverse_order(frames: Tensor, attention: Tensor, keep: int) -> Tensor:
+    """Greedily each frame's token farthest from those before it: cosine distance times the attention that it receives.
 
-    x: [N, D] of one frame. attention: [N]. Returns [keep] int64, ascending.
+    frames: [F, T, D]. attention: [F, T]. Returns [F, keep] int64: the first k of a row are the k diverse tokens.
     """
-    if keep == 0:
-        return torch.arange(0, device=x.device)
-    normed = x.float() / x.float().norm(dim=-1, keepdim=True)
-    distance = (1 - normed @ normed.T) * (attention.float() * 1e6)[None]  # the factor as published: no underflow
-    if len(x) == 1:
-        return torch.zeros(1, dtype=torch.long, device=x.device)
-    chosen = [int(distance.sort(0).values[1].argmax())]  # the first row is each token's distance to itself
-    nearest = distance[chosen[0]].clone()
-    while len(chosen) < keep:
-        nearest[chosen] = -1
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-    return torch.tensor(sorted(chosen), device=x.device)
+    normed = frames.float() / frames.float().norm(dim=-1, keepdim=True)
+    similarity = torch.stack([frame @ frame.T for frame in normed])
+    distance = (1 - similarity) * (attention.float() * 1e6)[:, None]  # the factor as published: no underflow
+    number = torch.arange(len(frames), device=frames.device)
+    # the first is farthest from its neighbour: the second in order, for each token's least distance is to itself
+    nearest = distance.topk(min(2, frames.shape[1]), dim=1, largest=False).values[:, -1]
+    chosen = frames.new_empty((len(frames), keep), dtype=torch.int64)
+    for step in range(keep):
+        chosen[:, step] = nearest.argmax(1)
+        row = distance[number, chosen[:, step]]
+        nearest = row if step == 0 else torch.minimum(nearest, row)
+        nearest.scatter_(1, chosen[:, : step + 1], -1)
+    return chosen
 
 
 def best_matches(frames: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,22 +106,22 @@ def cluster_means(x: Tensor, label: Tensor, clusters: int) -> Tensor:
 
 
 def compress_segment(
-    frames: Tensor, attention: Tensor, diverse: int, merged: int, threshold: float
+    frames: Tensor, attention: Tensor, diverse: int, merged: int, threshold: float, *, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One segment: the diverse tokens of each frame as they are, the others as trees, those as clusters if too many.
 
     frames: [F, T, D]. attention: [F, T] that each token receives in the tower. diverse, merged: tokens a frame.
+    order: of `diverse_order`, where it is known.
     Returns the tokens [k, D] and their numbers in the segment [k] int64, ascending.
     """
     count, size, width = frames.shape
     number = torch.arange(count * size, device=frames.device).view(count, size)
-    chosen = [diverse_tokens(x, received, diverse) for x, received in zip(frames, attention, strict=True)]
+    order = diverse_order(frames, attention, diverse) if order is None else order
+    chosen = order[:, :diverse].sort(1).values
     tokens = [x[index] for x, index in zip(frames, chosen, strict=True)]
     numbers = [row[index] for row, index in zip(number, chosen, strict=True)]
     if merged:
-        free = torch.ones((count, size), dtype=torch.bool, device=frames.device)
-        for row, index in zip(free, chosen, strict=True):
-            row[index] = False
+        free = torch.ones((count, size), dtype=torch.bool, device=frames.device).scatter_(1, chosen, False)
         if count > 1:
             means, left = merge_trees(frames, free, threshold, (diverse + merged) * count)
         else:

@@ -15,10 +15,10 @@ def check_share(method: str, name: str, value: float | None, *, zero: bool = Fal
         raise UserError(f"method {method}: {name} is {value}; it must lie in {'[' if zero else '('}0, 1]")
 
 
-def check_choice(method: str, name: str, value: str, other: str) -> None:
-    """Raise UserError unless a setting is "published" or the other thing that it may be."""
-    if value not in ("published", other):
-        raise UserError(f"method {method}: {name} is {value!r}; it must be published or {other}")
+def check_choice(method: str, name: str, value: str, other: str, usual: str = "published") -> None:
+    """Raise UserError unless a setting is the usual thing or the other one that it may be."""
+    if value not in (usual, other):
+        raise UserError(f"method {method}: {name} is {value!r}; it must be {usual} or {other}")
 
 
 def check_target(method: str, target: float | None) -> None:

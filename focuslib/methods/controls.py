@@ -52,8 +52,8 @@ class Control(Method):
 class Random(Control):
     """Visual tokens kept at random.
 
-    retention, target_sparsity: see Control. seed: of the draw; with one seed each prompt has a draw of its own, the
-    same whenever it is run.
+    retention, target_sparsity: see Control. seed: of the draw. What is asked takes part, so that each question has
+    a draw of its own, the same on every machine.
     """
 
     name: ClassVar[str] = "random"
@@ -66,7 +66,8 @@ class Random(Control):
             raise UserError(f"method random: seed is {self.seed}; it must not be negative")
 
     def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
-        content = hidden[prefill.visual][0].detach().float().cpu().numpy().tobytes()
+        # Rows of the embedding table are the same on every processor, to the last bit; visual features are not.
+        content = hidden[prefill.question :].detach().float().cpu().numpy().tobytes()
         total, seed = len(prefill.present), zlib.crc32(content, self.seed)
         prefill.note_importance(-draw(total, seed).argsort().to(hidden.device), "chance, the first drawn highest")
         return drawn(total, keep, seed)

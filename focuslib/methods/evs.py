@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from focuslib.kernels.semantic import most_important
-from focuslib.kernels.temporal import frame_before, temporal_change
+from focuslib.kernels.temporal import frame_before, temporal_similarity
 from focuslib.methods.base import Method
 from focuslib.methods.budget import check_share, check_target, tokens_for
 from focuslib.methods.frames import require_frames
@@ -40,7 +40,7 @@ class Evs(Method):
             return hidden, None
         require_frames(self.name, prefill.grid)
         before = frame_before(prefill.grid.places()).to(hidden.device)
-        change = temporal_change(hidden[prefill.visual], before)
+        change = 1 - temporal_similarity(hidden[prefill.visual], before)
         prefill.note_importance(change, "change since the frame before, 1 − cosine")
         if self.target_sparsity is None:
             keep = int(prefill.grid.length * self.retention)

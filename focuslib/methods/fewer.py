@@ -8,18 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.kernels.ranking import evenly_spaced
+from focuslib.methods.budget import check_choice
 from focuslib.methods.controls import Control
 from focuslib.methods.frames import frame_shapes, frame_sizes, newlines, require_frames
 from focuslib.prefill.record import Prefill
 
 
 @dataclass(frozen=True)
-class FewerFrames(Control):
+class _Fewer(Control):
+    """What the two share. positions: "renumbered" as if nothing else had been given, or "original"."""
+
+    positions: str = "renumbered"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self.name, "positions", self.positions, "original", usual="renumbered")
+
+
+@dataclass(frozen=True)
+class FewerFrames(_Fewer):
     """Fewer frames, evenly spaced, as if they alone had been sampled: the tokens of the others leave.
 
     One frame more is thinned evenly to meet the number of tokens. Acts after the tower, which for towers that see one
-    frame at a time is the same; positions are renumbered (they stay where they have several axes).
-    retention, target_sparsity: see Control.
+    frame at a time is the same. retention, target_sparsity: see Control. positions: "renumbered" (they stay where they
+    have several axes), or "original".
     """
 
     name: ClassVar[str] = "fewer_frames"
@@ -28,7 +40,7 @@ class FewerFrames(Control):
     def before_attention(self, prefill: Prefill, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if layer == 0:
             require_frames(self.name, prefill.grid)
-            prefill.renumber()
+            prefill.renumber(self.positions == "renumbered")
         return super().before_attention(prefill, layer, hidden)
 
     def choose(self, prefill: Prefill, hidden: Tensor, keep: int) -> Tensor:
@@ -45,12 +57,13 @@ class FewerFrames(Control):
 
 
 @dataclass(frozen=True)
-class FewerPixels(Control):
+class FewerPixels(_Fewer):
     """A coarser grid of tokens a frame, each the mean of those that it covers, as if the pictures were smaller.
 
     The sides of the grids change from frame to frame to meet the number of tokens. Acts after the tower, whose pictures
-    have one size in most models. Newline tokens of rows that vanish leave. Positions are renumbered (they stay where
-    they have several axes). retention, target_sparsity: see Control.
+    have one size in most models. Newline tokens of rows that vanish leave. retention, target_sparsity: see Control.
+    positions: "renumbered" (they stay where they have several axes), or "original": each mean stands where one of the
+    tokens that it covers stood.
     """
 
     name: ClassVar[str] = "fewer_pixels"
@@ -79,7 +92,7 @@ class FewerPixels(Control):
             first += size
         hidden = hidden.clone()
         hidden[prefill.visual] = x
-        prefill.renumber()
+        prefill.renumber(self.positions == "renumbered")
         return hidden, prefill.keep(torch.cat(numbers))
 
 

@@ -1,7 +1,9 @@
 """FlashVID: diverse tokens stay, the others are merged in trees through time; then pruned in the model. ICLR 2026."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from focuslib.errors import UserError
 from focuslib.kernels.ranking import last_row
 from focuslib.kernels.semantic import most_important
-from focuslib.kernels.trees import compress_segment, segment_lengths
+from focuslib.kernels.trees import compress_segment, diverse_order, segment_lengths
 from focuslib.methods.base import Method
 from focuslib.methods.budget import check_choice, check_share, check_target, schedule_sparsity
 from focuslib.methods.depth import checked_layers, layer_numbers
@@ -99,10 +101,12 @@ class FlashVid(Method):
         importance[tokens] = seen.received
         prefill.note_importance(importance, "attention in the vision tower")
         media = self._media(prefill, x[tokens], seen.received, shapes)
+        compress = cache(partial(self._compress, media))
         budget = math.ceil(max(rows * columns for rows, columns in shapes) * self.retention * self.expansion)
         if self.target_sparsity is not None:
-            budget = self._budget(prefill, media, int(blank.sum()))
-        merged, numbers = self._compress(media, budget)
+            most = max(received.shape[1] for _, received, _ in media)
+            budget = self._budget(prefill, most, lambda tried: len(compress(tried)[1]) + int(blank.sum()))
+        merged, numbers = compress(budget)
         rows = tokens[spread(numbers, len(tokens))]
         x[rows] = merged
         hidden = hidden.clone()
@@ -110,8 +114,8 @@ class FlashVid(Method):
         prefill.renumber(self.positions == "published")
         return hidden, prefill.keep(torch.cat([rows, blank.nonzero().squeeze(1)]).sort().values)
 
-    def _media(self, prefill: Prefill, x: Tensor, received: Tensor, shapes: list) -> list[tuple[Tensor, Tensor]]:
-        """The tokens [F, T, D] and their attention [F, T] of each medium."""
+    def _media(self, prefill: Prefill, x: Tensor, received: Tensor, shapes: list) -> list[tuple[Tensor, ...]]:
+        """Of each medium the tokens [F, T, D], their attention [F, T] and their diverse ones in order [F, k]."""
         media, first, done = [], 0, 0
         for sizes in frame_sizes(self.name, prefill.grid):
             size = {rows * columns for rows, columns in shapes[done : done + len(sizes)]}
@@ -119,21 +123,22 @@ class FlashVid(Method):
                 raise UserError("method flashvid: the frames of one video differ in size; it compares their tokens")
             (size,) = size
             part = slice(first, first + len(sizes) * size)
-            media.append((x[part].view(len(sizes), size, -1), received[part].view(len(sizes), size)))
+            frames, attention = x[part].view(len(sizes), size, -1), received[part].view(len(sizes), size)
+            media.append((frames, attention, diverse_order(frames, attention, math.ceil(size * self.diverse))))
             first, done = part.stop, done + len(sizes)
         return media
 
-    def _compress(self, media: list[tuple[Tensor, Tensor]], budget: int) -> tuple[Tensor, Tensor]:
+    def _compress(self, media: list[tuple[Tensor, ...]], budget: int) -> tuple[Tensor, Tensor]:
         """The merged tokens [k, D] of all media and their numbers [k], ascending; budget: tokens a frame."""
         tokens, numbers, first = [], [], 0
-        for frames, received in media:
+        for frames, received, order in media:
             allowed = min(budget, frames.shape[1])
             diverse = math.ceil(allowed * self.diverse)
             start = 0
             for length in segment_lengths(frames.mean(1), self.segment_similarity, self.least_segments):
                 part = slice(start, start + length)
                 merged, number = compress_segment(
-                    frames[part], received[part], diverse, allowed - diverse, self.similarity
+                    frames[part], received[part], diverse, allowed - diverse, self.similarity, order=order[part]
                 )
                 tokens.append(merged)
                 numbers.append(number + first + start * frames.shape[1])
@@ -141,17 +146,20 @@ class FlashVid(Method):
             first += received.numel()
         return torch.cat(tokens), torch.cat(numbers)
 
-    def _budget(self, prefill: Prefill, media: list, blank: int) -> int:
-        """The tokens a frame that bring the counted sparsity nearest the target, by bisection."""
+    def _budget(self, prefill: Prefill, most: int, entering: Callable[[int], int]) -> int:
+        """The tokens a frame, at most `most`, that bring the counted sparsity nearest the target, by bisection.
+
+        entering: how many enter the model with such a budget.
+        """
         layers, layer, target = prefill.shape.layers, prefill.state["layer"], self.target_sparsity or 0
 
         def distance(budget: int) -> float:
-            enter = len(self._compress(media, budget)[1]) + blank
+            enter = entering(budget)
             inner = math.ceil(enter * self.inner_retention)
             present = [enter] * layer + [inner] * (layers - layer)
             return schedule_sparsity(prefill.shape, prefill.grid.length, present) - target
 
-        low, high = 1, max(frames.shape[1] for frames, _ in media)
+        low, high = 1, most
         while low < high:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if distance(middle) > 0 else (low, middle)

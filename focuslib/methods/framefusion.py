@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.errors import InputError, UserError
 from focuslib.kernels.semantic import attention_rows, most_important
+from focuslib.kernels.temporal import frame_before, temporal_similarity
 from focuslib.methods.base import Method
 from focuslib.methods.budget import check_target, schedule_sparsity, solve
 from focuslib.methods.frames import require_frames
@@ -121,7 +121,8 @@ class FrameFusion(Method):
         """One merging call: (hidden with run means, the visual rows to keep)."""
         progress, visual = prefill.state["progress"], prefill.visual
         place = progress.places[prefill.present]
-        before, similarity = same_place_before(hidden[visual], place)
+        before = frame_before(place)
+        similarity = temporal_similarity(hidden[visual], before)
         prefill.note_importance(-similarity, "difference from the frame before, − cosine")
         merged = similarity >= self.similarity_lower_bound
         share = int(merged.sum()) / len(merged)
@@ -187,28 +188,6 @@ def budget_ratio(shares: list[float], layers: int, cost: float) -> float:
     if len(shares) >= layers or present == 0:
         return 0.0
     return max(0.0, 1 - left / ((layers - len(shares)) * present))
-
-
-def frame_before(x: Tensor, positions: Tensor, frame_size: int) -> tuple[Tensor, Tensor]:
-    """`same_place_before` in equal frames: x [P, D], positions [P] int64, the tokens' numbers, ascending."""
-    return same_place_before(x, positions % frame_size)
-
-
-def same_place_before(x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's predecessor, the same place's token in the nearest earlier frame that is still present.
-
-    x: [P, D]; place: [P] int64, equal for the tokens of one place. Returns its row ([P] int64, its own where there is
-    none) and the cosine similarity with it ([P] float32, −inf where there is none).
-    """
-    order = place.argsort(stable=True)
-    previous, current = order[:-1], order[1:]
-    linked = place[previous] == place[current]
-    previous, current = previous[linked], current[linked]
-    before = torch.arange(len(x), device=x.device)
-    before[current] = previous
-    similarity = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
-    similarity[current] = F.cosine_similarity(x[current].float(), x[previous].float(), dim=1)
-    return before, similarity
 
 
 def run_starts(before: Tensor, merged: Tensor) -> Tensor:
