@@ -1,18 +1,21 @@
 """Curves: their cells, their areas, breakdowns, pairs and guesses, against cases worked out by hand."""
 
+import io
 import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from tiny_models import untrained_checkpoint
 
 from focuslib.errors import UserError
 from focuslib.evaluation.guess import chance, guesses, majority
+from focuslib.evaluation.left import pack_left, unpack_left
 from focuslib.evaluation.lmms import question
 from focuslib.evaluation.statistics import area_weights, bootstrap_means
 from focuslib.experiments import paper
@@ -22,6 +25,7 @@ from focuslib.experiments.paper import SweepPoint, plan, points_of, sweep_points
 from focuslib.experiments.params import experiment_params
 from focuslib.experiments.runner import load_cell
 from focuslib.experiments.store import CellResult, Outcome, read_status
+from focuslib.methods.settings import make_method
 from focuslib.models.media import Clip
 from focuslib.models.media import blank as grey_picture
 from focuslib.report import notebook as report
@@ -201,7 +205,7 @@ def test_tables_and_figures_of_nothing(tmp_path):
         )  # fmt: skip
         assert all(table.empty for table in tables)
         assert (report.curves_figure(report.curves_table(outcome, points)) is None) == (not outcome.results)
-        assert list(report.looks_figures(outcome, points)) == []
+        assert list(report.looks_figures(outcome, points, 60)) == []
         report.write_curves(outcome, points, 60)
 
 
@@ -271,10 +275,10 @@ def test_clips_are_drawn_by_kind_whatever_the_answers(tmp_path):
     assert [kinds[number] for number in drawn] == ["a", "a", "b", "b"] and len(set(drawn)) == 4
     assert len(looked_at(result(cell, [0] * 20), 3, seed=0)) == 3
     found = [point("random", "random", [1] * 4, at) for at in (0.5, 0.75)]
-    outcome, points = made_up(tmp_path, *found)
-    (cell,) = look_cells(points, outcome.results, 75, 1, 0)
-    assert replace(cell, sample=None) == replace(points[1].cell, kind="view", limit=1)
-    assert look_cells(points, [], 75, 1, 0) == []
+    outcome, _ = made_up(tmp_path, *found)
+    (view,) = look_cells(outcome.results, 1, 0)
+    assert replace(view, sample=None) == replace(cell, kind="view", limit=1)
+    assert look_cells([], 1, 0) == []
 
 
 def test_guesses():
@@ -327,7 +331,7 @@ def test_a_run_of_curves(done):
     assert outcome.complete and read_status(outcome.folder, "curves")["complete"]
     kinds = Counter(result.cell.kind for result in outcome.results)
     questions = {result.cell.sample for result in outcome.results if result.cell.kind == "view"}
-    assert kinds == {"accuracy": 5, "view": len(SMALL) * len(questions)} and questions
+    assert kinds == {"accuracy": 5, "view": len(questions)} and questions
     scored = [result for result in outcome.results if result.cell.kind == "accuracy"]
     for sample in (sample for result in scored for sample in result.samples):
         assert sample["question_type"] and sample["target"] in "ABCD"
@@ -352,18 +356,41 @@ def test_grey_pictures_are_not_the_clip(untrained, tmp_path, monkeypatch):
     assert isinstance(grey, Clip) and grey.times == clip.times and grey.frames.shape == clip.frames.shape
     answer = vlm.generate(grey, prompt, max_new_tokens=16)
     assert blank.samples[0]["answer"] == answer
-    assert grey_picture(Image.new("RGB", (3, 2))).getpixel((0, 0)) == (128, 128, 128)
+    assert grey_picture(PIL.Image.new("RGB", (3, 2))).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_what_each_method_drops_is_drawn(done):
     params, outcome = done
-    figures = list(report.looks_figures(outcome, points_of(params)))
+    figures = list(report.looks_figures(outcome, points_of(params), 60))
     questions = {result.cell.sample for result in outcome.results if result.cell.kind == "view"}
     assert len(figures) == len(questions)
     labels = [axis.get_ylabel().split(":")[0].split("\n")[0] for axis in figures[0].axes if axis.get_ylabel()]
     assert labels == ["input", *SMALL]
     assert "; right: " in figures[0].get_suptitle() and "dense: " in figures[0].get_suptitle()
-    assert list(report.looks_figures(outcome, [])) == []
+    assert list(report.looks_figures(outcome, [], 60)) == []
+    picture = PIL.Image.open(io.BytesIO(report.few_colours(figures[0]).data))
+    assert picture.mode == "P" and picture.width > 300
+
+
+def test_the_tokens_that_are_left_are_those_of_the_method(done):
+    """What a sample says is what the method leaves when it is asked again."""
+    _, outcome = done
+    for result in outcome.results:
+        if result.cell.kind != "accuracy":
+            continue
+        sample, vlm = result.samples[0], load_cell(result.cell)
+        media, prompt = question(result.cell.dataset, vlm.name, sample["doc_id"])
+        with make_method(result.cell.method, result.cell.settings)(vlm) as run:
+            vlm.prefill(vlm.prepare(media, prompt))
+        assert ("left" in sample) == bool(run.last.kept)
+        if run.last.kept:
+            assert unpack_left(sample["left"], sample["visual_tokens"]).tolist() == run.last.left.tolist()
+
+
+@given(tokens=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_left_tokens_survive_packing(tokens, seed):
+    left = np.flatnonzero(np.random.default_rng(seed).random(tokens) < 0.5)
+    assert unpack_left(pack_left(torch.from_numpy(left), tokens), tokens).tolist() == left.tolist()
 
 
 def test_a_sweep_has_settings_of_its_own():

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from focuslib.errors import InputError, UserError, pick
 from focuslib.evaluation.datasets import DATASETS, Dataset
 from focuslib.evaluation.journal import Journal, lasting
+from focuslib.evaluation.left import pack_left
 from focuslib.evaluation.settings import method_settings
 from focuslib.files import digest
 from focuslib.methods import Method
@@ -246,6 +247,8 @@ def summary(method: Any, record: PrefillRecord) -> dict[str, Any]:
         "retained": record.retained,
         "stats": record.stats,
     }
+    if record.kept:
+        numbers["left"] = pack_left(record.left, grid.length)
     if counts.layers:
         numbers["site_sparsity"] = {
             site: [layer[site].sparsity(grid.length) for layer in counts.layers] for site in SITES

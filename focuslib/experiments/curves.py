@@ -106,20 +106,13 @@ def looked_at(dense: CellResult, count: int, seed: int) -> list[int]:
     return [int(number) for numbers in drawn for number in numbers]
 
 
-def look_cells(points: list[CurvePoint], results: list[CellResult], near: float, count: int, seed: int) -> list[Cell]:
-    """What each curve's point nearest a sparsity shows of clips of the last model and data set: view cells.
+def look_cells(results: list[CellResult], count: int, seed: int) -> list[Cell]:
+    """Views of clips of the last model and data set: what the tokens that each method left are drawn on.
 
-    They are known once the points have results. The clips are drawn by kind of question, whatever the answers are.
+    They are known once dense has its result. The clips are drawn by kind of question, whatever the answers are.
     """
     dense = [result for result in results if result.cell.method == "dense" and result.cell.kind == "accuracy"]
     if not dense:
         return []
-    last = dense[-1]
-    numbers = looked_at(last, count, seed)
-    chosen = nearest_points(points, results, near)
-    return [
-        replace(point.cell, kind="view", limit=1, sample=number)
-        for number in numbers
-        for (_, model, dataset), (point, _) in chosen.items()
-        if (model, dataset) == (last.cell.model, last.cell.dataset)
-    ]
+    numbers = looked_at(dense[-1], count, seed)
+    return [replace(dense[-1].cell, kind="view", limit=1, sample=number) for number in numbers]

@@ -78,9 +78,9 @@ def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
 
 
 def _run_curves(params: dict[str, Any], cells: list[Cell], folder: Path) -> Outcome:
-    """Every point of the curves, then what those near one sparsity show of some clips."""
+    """Every point of the curves, then some clips to draw on what each method left."""
     outcome = run_cells("curves", cells, folder, workers=Workers.of(params))
-    looks = look_cells(points_of(params), outcome.results, params["near"], params["looks"], params["seed"])
+    looks = look_cells(outcome.results, params["looks"], params["seed"])
     if looks:
         outcome.add(run_cells("curves", looks, folder, workers=Workers.of(params)))
         write_status(folder, "curves", outcome.results, outcome.complete, outcome.summary())

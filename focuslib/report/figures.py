@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import seaborn as sns
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
@@ -15,6 +18,17 @@ from focuslib.explore.view import ViewData
 from focuslib.models.layout import TokenLayout
 from focuslib.prefill.ops import SITES
 from focuslib.report.tables import comparison_table, method_label
+
+
+def few_colours(figure: Figure) -> Image:
+    """A figure as a picture of 64 colours, an eighth of the size: for those that show frames of clips."""
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", bbox_inches="tight")
+    plt.close(figure)
+    # the octree keeps the few pixels of small marks, which the median cut gives up
+    picture = PIL.Image.open(full).convert("RGB").quantize(64, PIL.Image.Quantize.FASTOCTREE)
+    picture.save(small, format="png", optimize=True)
+    return Image(small.getvalue())
 
 
 def show(table: pd.DataFrame) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from focuslib.experiments.cell import Cell
-from focuslib.experiments.curves import CurvePoint
+from focuslib.evaluation.left import unpack_left
+from focuslib.experiments.curves import CurvePoint, nearest_points
 from focuslib.experiments.store import CellResult, Outcome
 from focuslib.explore.view import ViewData
 from focuslib.report.figures import kept_rows_figure
@@ -18,47 +17,42 @@ from focuslib.report.figures import kept_rows_figure
 SIDE = 0.55  # inches of a frame: there is a row a method
 
 
-def looks_figures(outcome: Outcome, points: list[CurvePoint]) -> Iterator[Figure]:
+def looks_figures(outcome: Outcome, points: list[CurvePoint], near: float) -> Iterator[Figure]:
     """A figure a clip: a row a curve with its answer, a column a frame; tokens that are gone at the end are dimmed.
 
-    Tokens that a method merges or shares count as kept as long as they reach the last layer. Clips whose frames are not
-    known are left out.
+    Of each curve the point whose counted sparsity is nearest to `near` (percent). Tokens that a method merges or shares
+    count as kept as long as they reach the last layer. Clips whose frames are not known are left out.
     """
-    curves = {_view_of(point.cell, None): point for point in points}
-    answers = {result.cell: result for result in outcome.results if result.cell.kind == "accuracy"}
-    clips: dict[int, list[tuple[CurvePoint, CellResult]]] = {}
+    chosen = nearest_points(points, outcome.results, near)
     for result in outcome.results:
-        point = curves.get(_view_of(result.cell, None)) if result.view else None
-        if point is not None and result.cell.sample is not None:
-            clips.setdefault(result.cell.sample, []).append((point, result))
-    for number, shown in clips.items():
-        views = {point: ViewData.load(outcome.folder / "cells" / str(result.view)) for point, result in shown}
-        samples = {point: _sample(answers.get(point.cell), number) for point in views}
-        rows = {_label(point, view, samples[point]): _kept(view) for point, view in views.items()}
-        first = next(iter(views))
-        view, sample = views[first], samples[first]
-        if view.frames is not None:
-            yield kept_rows_figure(view.frames, view.layout, rows, _title(view, sample), SIDE)
+        cell = result.cell
+        if cell.kind != "view" or not result.view:
+            continue
+        samples = {
+            curve: sample
+            for (curve, model, dataset), (_, answers) in chosen.items()
+            if (model, dataset) == (cell.model, cell.dataset) and (sample := _sample(answers, cell.sample))
+        }
+        view = ViewData.load(outcome.folder / "cells" / result.view)
+        if samples and view.frames is not None:
+            rows = {_label(curve, sample): _left(sample) for curve, sample in samples.items()}
+            yield kept_rows_figure(view.frames, view.layout, rows, _title(view, next(iter(samples.values()))), SIDE)
 
 
-def _view_of(cell: Cell, sample: int | None) -> Cell:
-    return replace(cell, kind="view", limit=1, sample=sample)
+def _sample(result: CellResult, number: int | None) -> dict:
+    """What is known of an answered question of the first task; nothing if it was not."""
+    first = result.samples[0]["task"] if result.samples else None
+    return next((s for s in result.answered if s["doc_id"] == number and s["task"] == first), {})
 
 
-def _sample(result: CellResult | None, number: int) -> dict:
-    """What is known of a question of the first task."""
-    samples = result.samples if result else []
-    return next((s for s in samples if s["doc_id"] == number and s["task"] == samples[0]["task"]), {})
+def _label(curve: str, sample: dict) -> str:
+    return f"{curve}: {sample['answer']}{' ✓' if sample['score'] > 0.5 else ' ✗'}"
 
 
-def _label(point: CurvePoint, view: ViewData, sample: dict) -> str:
-    mark = {True: " ✓", False: " ✗"}[sample["score"] > 0.5] if "score" in sample else ""
-    return f"{point.curve}: {view.answers[point.cell.method]}{mark}"
-
-
-def _kept(view: ViewData) -> np.ndarray:
+def _left(sample: dict) -> np.ndarray:
     """The tokens that reach the last layer."""
-    return np.asarray(list(view.kept.values())[-1]) if view.kept else np.arange(len(view.layout.frame))
+    tokens = sample["visual_tokens"]
+    return unpack_left(sample["left"], tokens) if "left" in sample else np.arange(tokens)
 
 
 def _title(view: ViewData, sample: dict) -> str:

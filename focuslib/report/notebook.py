@@ -20,6 +20,7 @@ from focuslib.report.dse import (
 from focuslib.report.figures import (
     example_clip,
     example_view,
+    few_colours,
     kept_tokens_figure,
     retained_figure,
     show,
@@ -65,6 +66,7 @@ __all__ = [
     "degradation_table",
     "example_clip",
     "example_view",
+    "few_colours",
     "guessers_table",
     "kept_by_method_figure",
     "kept_tokens_figure",
