@@ -1,10 +1,13 @@
 """Draw the pictures of the site's method pages: python docs/pictures.py (a minute; CPU, offline).
 
-One motion clip of the embedded benchmark under each method, with its settings of params/methods.yaml.
+One motion clip of the embedded benchmark under each method, with its settings of params/methods.yaml. With the path of
+a Chromium as argument (and the extra [browser]) also the explorer, as it is seen there.
 """
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from focuslib.evaluation.settings import method_settings
-from focuslib.explore.page import view_png
+from focuslib.explore.page import page_html, view_html, view_png
 from focuslib.explore.view import ViewData, run_view
 from focuslib.methods import Focus, Method
 from focuslib.methods.settings import make_method
@@ -40,12 +43,29 @@ def main() -> None:
     kept = {layer: np.asarray(positions) for layer, positions in focus.kept.items()}
     save(kept_tokens_figure(focus.frames, focus.layout, kept, focus.question.splitlines()[0]), "focus-sec", dpi=62)
     IMAGES.joinpath("focus-sic.png").write_bytes(view_png(focus, {"frame": 4, "layer": 1}))
+    if sys.argv[1:]:
+        draw_explorer(focus, sys.argv[1])
     for name in ("cmc", "adaptiv", "framefusion"):
         save(links_figure(views[name]), name)
     for name in ("fastv", "evs", "vidcom2", "pyramiddrop", "dycoke", "visionzip", "flashvid"):
         data = view(vlm, name, {"target_sparsity": 0.5})
         left = {"left": np.asarray(list(data.kept.values())[-1])}
         save(kept_rows_figure(data.frames, data.layout, left, data.question.splitlines()[0]), name, dpi=62)
+
+
+def draw_explorer(data: ViewData, chromium: str) -> None:
+    """The explorer on a view, in a browser."""
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        path = Path(folder) / "view.html"
+        path.write_text(page_html("explorer", view_html(data, {"frame": 4, "layer": 1})))
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 690}, color_scheme="light")
+        page.goto(path.as_uri())
+        page.wait_for_selector(".fx-frame")
+        page.wait_for_timeout(500)  # until it is drawn
+        page.screenshot(path=IMAGES / "explorer.png")
 
 
 def view(vlm: VLM, name: str, settings: dict | None = None) -> ViewData:
