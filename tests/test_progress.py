@@ -59,6 +59,20 @@ def test_results_that_were_there_took_no_time(clock):
         assert text(bar) == "2 min, about 2 min left"
 
 
+def test_answers_that_were_there_took_no_time(clock):
+    first, second = cell(limit=100), cell(limit=100, seed=1)
+    with progress.Bar([first, second], "main") as bar:
+        bar.found(80)
+        bar.say("at once", 80.0)
+        assert text(bar) == "at once, 0 min"
+        clock[0] += 60
+        bar.say("ten more", 90.0)
+        assert text(bar) == "ten more, 1 min, about 11 min left"
+        clock[0] += 60
+        bar.step(first, True)
+        assert text(bar) == "2 min, about 10 min left"
+
+
 def test_notebooks_go_on_where_the_one_before_ended(clock):
     first, second, later = [cell(limit=50)], [cell(limit=30, seed=1)], [cell(limit=20, seed=2)]
     progress.announce(first, second, later, clock[0])

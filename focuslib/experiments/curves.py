@@ -80,7 +80,7 @@ def counted_sparsity(result: CellResult) -> float:
 def nearest_points(
     points: list[CurvePoint], results: list[CellResult], near: float
 ) -> dict[tuple[str, str, str], tuple[CurvePoint, CellResult]]:
-    """Of each curve, the point with a result whose counted sparsity is nearest to `near` (percent).
+    """Of each curve, the point with answers whose counted sparsity is nearest to `near` (percent).
 
     Returns (curve, model, data set) → point and result.
     """
@@ -88,7 +88,7 @@ def nearest_points(
     chosen: dict[tuple[str, str, str], tuple[CurvePoint, CellResult]] = {}
     for point in points:
         result, key = known.get(point.cell), (point.curve, point.cell.model, point.cell.dataset)
-        if result is None:
+        if result is None or not result.answered:
             continue
         away = abs(counted_sparsity(result) - near)
         if key not in chosen or away < abs(counted_sparsity(chosen[key][1]) - near):

@@ -12,37 +12,39 @@ import focuslib
 from focuslib.errors import UserError
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.identity import package_versions
-from focuslib.experiments.store import read_result, read_status
+from focuslib.experiments.store import read_status
 from focuslib.files import digest, write_json
 from focuslib.paths import params_folder, project_root
 
 DRAWN_WITH = ("matplotlib", "pandas", "papermill", "seaborn")
 SHARING = ("workers", "engine", "address", "shard")  # who answers changes no answer
+READS: dict[str, tuple[str, ...]] = {"dse": ("main",), "hardware": ()}  # whose results a notebook shows; (): all
 
 
 def as_made(experiment: str, folder: Path, params: dict[str, Any], cells: list[Cell]) -> bool:
     """Whether a results folder has the notebook, whole, of these parameters, sources and results, and all its files."""
     try:
         made = json.loads(_file(folder, experiment).read_text())
-        whole = read_status(folder, experiment)["complete"]
-        same = made["from"] == _sources(experiment, folder, params, cells)
-    except (OSError, ValueError, KeyError, UserError):  # a checkpoint that is not there any more, say
+        status = read_status(folder, experiment)
+        same = made["from"] == _sources(experiment, folder, params, cells) and made["cells"] == status["cells"]
+        whole = status["complete"] and all((folder / name).exists() for name in made["files"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):  # a checkpoint that is not there any more, say
         return False
-    return whole and same and all((folder / name).exists() for name in made["files"])
+    return whole and same
 
 
 def note_made(experiment: str, folder: Path, params: dict[str, Any], cells: list[Cell]) -> None:
-    """Note of what a notebook has just been made, and the files that it left.
-
-    Not where something failed that the next run tries again.
-    """
+    """Note of what a notebook has just been made, and the files that it left."""
     names = read_status(folder, experiment)["cells"]
-    if any(read_result(folder / "cells" / name).failures for name in names):
-        return
-    results = [f"cells/{name}" for name in names]
     tables = [path.relative_to(folder).as_posix() for path in (*folder.glob("*.csv"), *folder.glob("*/*.pth"))]
-    files = [f"{experiment}.ipynb", *results, *sorted(tables)]
-    write_json(_file(folder, experiment), {"from": _sources(experiment, folder, params, cells), "files": files})
+    files = [f"{experiment}.ipynb", *(f"cells/{name}" for name in names), *sorted(tables)]
+    made = {"from": _sources(experiment, folder, params, cells), "cells": names, "files": files}
+    write_json(_file(folder, experiment), made)
+
+
+def forget_made(experiment: str, folder: Path) -> None:
+    """The notebook is about to be made: what is noted of it does not hold any more."""
+    _file(folder, experiment).unlink(missing_ok=True)
 
 
 def _file(folder: Path, experiment: str) -> Path:
@@ -50,12 +52,20 @@ def _file(folder: Path, experiment: str) -> Path:
 
 
 def _sources(experiment: str, folder: Path, params: dict[str, Any], cells: list[Cell]) -> str:
-    """A digest of all that decides what a notebook shows. One without cells reads those of the others."""
+    """A digest of all that decides what a notebook shows: what it is made of, and the results of others it reads."""
     names = sorted(cell.name() for cell in cells)
-    others = [] if cells else sorted(path.name for path in (folder / "cells").glob("*.json"))
+    read = sorted((folder / "cells").glob("*.index") if READS.get(experiment) == () else [])
+    read += [folder / "cells" / f"{other}.index" for other in READS.get(experiment, ())]
+    results = {name for path in read if path.exists() for name in json.loads(path.read_text())["cells"]}
+    others = [[name, _digest(folder / "cells" / name)] for name in sorted(results)]
     decides = {name: value for name, value in params.items() if name not in SHARING}
     packages = package_versions(*DRAWN_WITH)
     return digest([_texts(experiment), decides, names, others, packages, platform.node(), platform.machine()])
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes; of a file that is not there, nothing."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _texts(experiment: str) -> list[list[str]]:
@@ -64,4 +74,4 @@ def _texts(experiment: str) -> list[list[str]]:
     files = [project_root() / "notebooks" / f"{experiment}.ipynb", params_folder() / "methods.yaml"]
     for place in (package, published):
         files += sorted(path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+    return [[path.name, _digest(path)] for path in files]

@@ -223,7 +223,7 @@ def _no_cells_of_hardware(params: dict[str, Any]) -> list[Cell]:
 
 
 def _no_cells_of_speed(params: dict[str, Any]) -> list[Cell]:
-    """What is timed is no cell, since it is never taken over from an earlier run; the names are checked."""
+    """What is timed is no cell: a notebook that is executed measures it anew. The names are checked."""
     for kind, names, registry in (
         ("model", [*params["models"], *(params["checkpoints"] or {})], MODELS),
         ("data set", params["datasets"], DATASETS),

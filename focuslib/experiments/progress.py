@@ -53,6 +53,10 @@ class Bar:
         if self.known:
             _tell(self.bar.n, self.until, self.total, self.done, self.work, self.whole, self.start)
 
+    def found(self, work: float) -> None:
+        """So much work of the cells that are to run was done by an earlier run, and takes no time in this one."""
+        self.ran -= work
+
     def step(self, cell: Cell, ran: bool) -> None:
         """A cell is settled. ran: in this run, so that it took its time."""
         work = expected_work(cell)
@@ -74,7 +78,7 @@ class Bar:
         """Minutes gone, and left if the rest goes on as fast as what was run since the bar was made."""
         now, ran = time.time(), self.ran + under_way
         gone = f"{(now - self.start) / 60:.0f} min"
-        if not ran or self.bar.n == self.until:
+        if ran <= 0 or self.bar.n == self.until:
             return gone
         left = (now - self.made) / ran * max(self.whole - self.done - under_way, 0.0)
         return f"{gone}, about {left / 60:.0f} min left"

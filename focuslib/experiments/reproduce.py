@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from focuslib.errors import UserError
-from focuslib.experiments.made import as_made, note_made
+from focuslib.experiments.made import as_made, forget_made, note_made
 from focuslib.experiments.notebooks import execute
 from focuslib.experiments.paper import plan, results_folder
 from focuslib.experiments.params import EXPERIMENTS, Experiment
@@ -49,6 +49,7 @@ def reproduce(
             continue
         announce(list(chain(*cells[:number])), own, list(chain(*cells[number + 1 :])), start)
         began = time.time()
+        forget_made(experiment, results)
         try:
             notebook = execute(experiment, profile, of[experiment])
             status = read_status(notebook.parent, experiment)

@@ -41,9 +41,9 @@ class SpeedStudy:
 def study_speed(profile: str, changes: dict[str, Any] | None = None) -> SpeedStudy:
     """Measure as params/<profile>/speed.yaml says, and write results/<profile>/speed.json.
 
-    Measured anew each time, also by a run that resumes: a time is a fact about one machine at one moment, not a result
-    that another run could take over. So there are no cells, nothing is looked up, and the file of an earlier run is
-    replaced only when all of this one is measured. `make verify` compares tables (*.csv), so no times. The notebook
+    Measured anew each time that the notebook is executed: a time is a fact about one machine at one moment, not a
+    result that another run could take over. So there are no cells, nothing is looked up, and the file of an earlier run
+    is replaced only when all of this one is measured. `make verify` compares tables (*.csv), so no times. The notebook
     runs last, after the workers of the others have ended; load beside it is in the record.
 
     Raises UserError for a mistake in the parameters. A model or data set that is not here is a line in `missing`.

@@ -143,6 +143,7 @@ def spread(cells: list[Cell], folder: Path, engine: Engine, size: int | None, ba
                 queue.put(shard)
             if not shards:  # it was stopped between its last answer and its result
                 yield _settle(run)
+        bar.found(sum(run.work_done for run in runs.values()))
         watch = _Watch(engine, queue, list(runs.values()), bar)
         for shard, message in engine.run(queue):
             run = runs[shard.cell]

@@ -24,10 +24,10 @@ POINTS = {
 SHARES = {"Sparsity": 0.01, "linear_sparsity": 0.01, "query_sparsity": 0.01, "attn_score_sparsity": 0.01}
 EXACT = dict.fromkeys(("Questions", "Failed", "Sequence length", "Num frames", "Num patches"), 0.0)
 RELATIVE = {"Operations (million)": 0.02}  # of the expected number
-# Intervals and p follow from the scores beside them, and one answer moves their ends by another number of points.
+# Intervals of scores and p follow from the scores; one answer moves their ends by another number of points.
 DERIVED = (
     "Low", "High", "±", "p", "Difference ±", "Area, low", "Area, high", "Of dense, low", "Of dense, high",
-    "± (dense)", "p (dense)", "± (random)", "p (random)",
+    "± (dense)", "p (dense)", "± (random)", "p (random)", "Change ±", "Sparsity change ±",
 )  # fmt: skip
 NOT_COMPARED = ("Median index", "Note", *DERIVED)
 SWEPT = ("m_tile_size", "vector_size", "Target")  # numbers that tell rows apart

@@ -52,8 +52,8 @@ class Control(Method):
 class Random(Control):
     """Visual tokens kept at random.
 
-    retention, target_sparsity: see Control. seed: of the draw. What is asked takes part, so that each question has
-    a draw of its own, the same on every machine.
+    retention, target_sparsity: see Control. seed: of the draw. The text after the visual tokens takes part: clips
+    that are asked the same, with the same options, share a draw. It is the same on every machine.
     """
 
     name: ClassVar[str] = "random"
