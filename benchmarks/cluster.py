@@ -176,7 +176,9 @@ def strike(nodes: Nodes, dice: random.Random, kills: int, pause: float, stop: th
             nodes.add()
             print("a node joined", flush=True)
             continue
-        workers = [process for node in nodes.nodes for process in descendants(node.pid) if is_worker(process)]
+        while not (workers := [p for node in nodes.nodes for p in descendants(node.pid) if is_worker(p)]):
+            if stop.wait(0.5):  # between two notebooks there are none
+                break
         if workers:
             os.kill(dice.choice(workers), signal.SIGKILL)
             print("killed a worker", flush=True)
