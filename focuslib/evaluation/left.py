@@ -10,7 +10,7 @@ def pack_left(left: Tensor, tokens: int) -> str:
     """The positions (0 … tokens − 1) of the visual tokens that are left, [k] int64, in a text of tokens / 6 letters."""
     bits = np.zeros(tokens, dtype=bool)
     bits[left.numpy()] = True
-    return base64.b64encode(np.packbits(bits)).decode()
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 def unpack_left(text: str, tokens: int) -> np.ndarray:

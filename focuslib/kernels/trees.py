@@ -135,5 +135,5 @@ def compress_segment(
                 kept, where = cluster_means(kept, label, clusters), where[centers]
             tokens.append(kept)
             numbers.append(where)
-    order = torch.cat(numbers).sort(stable=True)
-    return torch.cat(tokens).view(-1, width)[order.indices], order.values
+    ascending = torch.cat(numbers).sort(stable=True)
+    return torch.cat(tokens).view(-1, width)[ascending.indices], ascending.values
