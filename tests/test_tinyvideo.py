@@ -174,6 +174,15 @@ def test_video_survives_the_codec(tmp_path):
     assert np.abs(decoded.astype(int) - frames).mean() < 6
 
 
+def test_a_clip_is_the_same_file_each_time(tmp_path):
+    """Else another run, or another machine, would ask about other pictures."""
+    for number in range(6):
+        frames = render(sample_scene("test", "needle", number))
+        for name in ("one.mp4", "other.mp4"):
+            write_video(tmp_path / name, frames)
+        assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "other.mp4").read_bytes()
+
+
 def test_build_is_complete_and_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "QUESTIONS", {"tune": 30})
     docs = {task: load_docs(task, "tune", tmp_path) for task in TASKS}

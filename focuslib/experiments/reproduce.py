@@ -38,16 +38,21 @@ def reproduce(
         for name in chosen
     }
     plans = {name: plan(name, profile, of[name]) for name in chosen}
-    cells = [cells for _, cells in plans.values()]
+
+    def stays(name: str) -> bool:
+        params, own = plans[name]
+        return not only and as_made(name, results_folder(params["results"]), params, own)
+
+    work = [[] if stays(name) else own for name, (_, own) in plans.items()]  # what stays is neither done nor left
     start, lines, whole = time.time(), [], True
     for number, experiment in enumerate(chosen):
         params, own = plans[experiment]
         results = results_folder(params["results"])
-        if not only and as_made(experiment, results, params, own):
+        if stays(experiment):
             text = read_status(results, experiment)["text"]
             lines.append(f"{experiment} (as it was): {text}".replace("\n", "\n    "))
             continue
-        announce(list(chain(*cells[:number])), own, list(chain(*cells[number + 1 :])), start)
+        announce(list(chain(*work[:number])), own, list(chain(*work[number + 1 :])), start)
         began = time.time()
         forget_made(experiment, results)
         try:
