@@ -114,9 +114,9 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         assert isinstance(stream, av.VideoStream)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        # x264's macroblock tree takes approximate reciprocals: the same frames gave other files from run to run
-        x264 = {"crf": "18", "preset": "fast", "x264-params": "mbtree=0"}
-        stream.options = x264 if codec == "libx264" else {"qscale": "2"}
+        stream.options = {"qscale": "2"}
+        if codec == "libx264":  # with its macroblock tree the same frames gave other files from run to run
+            stream.options = {"crf": "18", "preset": "fast", "x264-params": "mbtree=0"}
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
