@@ -80,7 +80,7 @@ def decoding_error(vlm, method, inputs, steps=10):
             return_dict_in_generate=True,
         )  # fmt: skip
     assert prefill.last.kept
-    ranked_by_text = isinstance(method, (FastV, PyramidDrop, Random))
+    ranked_by_text = isinstance(method, (FastV, PyramidDrop))
     renumbered = isinstance(method, PyramidDrop) and method.positions == "published"
     again = Replay(prefill.last.kept, renumbered) if ranked_by_text else method
     new, worst = answer.sequences[:, inputs["input_ids"].shape[1] :], 0.0
@@ -390,7 +390,7 @@ def test_methods_that_compare_frames_need_a_video(method):
 
 
 @torch.inference_mode()
-def test_random_draws_anew_for_another_text_and_never_for_the_same():
+def test_random_draws_anew_for_another_clip_and_never_for_the_same():
     vlm = family("qwen2", "sdpa")
     other = {"input_ids": prompt()["input_ids"].flip(1)}
     chosen = []
