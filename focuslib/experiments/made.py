@@ -18,7 +18,7 @@ from focuslib.paths import params_folder, project_root
 
 DRAWN_WITH = ("matplotlib", "pandas", "papermill", "seaborn")
 SHARING = ("workers", "engine", "address", "shard")  # who answers changes no answer
-READS: dict[str, tuple[str, ...]] = {"dse": ("main",), "hardware": ()}  # whose results a notebook shows; (): all
+READS = {"dse": "main.index", "hardware": "*.index"}  # whose results a notebook shows beside its own
 
 
 def as_made(experiment: str, folder: Path, params: dict[str, Any], cells: list[Cell]) -> bool:
@@ -54,9 +54,8 @@ def _file(folder: Path, experiment: str) -> Path:
 def _sources(experiment: str, folder: Path, params: dict[str, Any], cells: list[Cell]) -> str:
     """A digest of all that decides what a notebook shows: what it is made of, and the results of others it reads."""
     names = sorted(cell.name() for cell in cells)
-    read = sorted((folder / "cells").glob("*.index") if READS.get(experiment) == () else [])
-    read += [folder / "cells" / f"{other}.index" for other in READS.get(experiment, ())]
-    results = {name for path in read if path.exists() for name in json.loads(path.read_text())["cells"]}
+    read = (folder / "cells").glob(READS[experiment]) if experiment in READS else ()
+    results = {name for path in read for name in json.loads(path.read_text())["cells"]}
     others = [[name, _digest(folder / "cells" / name)] for name in sorted(results)]
     decides = {name: value for name, value in params.items() if name not in SHARING}
     packages = package_versions(*DRAWN_WITH)
