@@ -1,5 +1,6 @@
 """Where the project's own files are, and how its YAML is read."""
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,11 @@ def params_folder() -> Path:
     """The folder of parameter files: the project's, which wins, or the one that the installed package carries."""
     folder = project_root() / "params"
     return folder if folder.is_dir() else _PACKAGE / "params"
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept between runs: ``$FOCUS_CACHE/<name>``, by default ``~/.cache/focus``."""
+    return Path(os.environ.get("FOCUS_CACHE", "~/.cache/focus")).expanduser() / name
 
 
 def shown(path: Path) -> Path:

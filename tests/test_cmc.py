@@ -1,5 +1,7 @@
 """CMC against vectors of the published implementation, and its search against the exhaustive one."""
 
+import os
+import shutil
 import warnings
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
-from focuslib.kernels import compiled, motion
+from focuslib.kernels import motion
+from focuslib.kernels.compiled import at_once
 from focuslib.kernels.motion import (
     INFORMATIVE,
     ZEROED,
@@ -32,7 +35,8 @@ SHAPE = DecoderShape(layers=1, hidden=48, mlp=96, heads=3, kv_heads=3, head_dim=
 def elimination():
     """Search by elimination however small the case."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(motion, "_FEW", 0)
+        for name in ("_FEW", "_SMALL", "_NARROW", "_TRIMMED"):
+            patch.setattr(motion, name, 0)
         yield
 
 
@@ -128,29 +132,22 @@ def test_search_equals_exhaustive_search_on_attention_rows(seed, channels, sprea
     assert torch.equal(motion_search(rows[20:], rows[:20], limit), exhaustive(rows[20:], rows[:20], limit))
 
 
-@pytest.fixture(scope="module")
-def compiled_always():
-    """Compile whatever the size; skipped where there is no compiler."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setattr("focuslib.kernels.compiled.LEAST_ENTRIES", 0)
-        patch.setattr("focuslib.kernels.compiled._announced", True)
-        patch.setattr("focuslib.kernels.compiled._broken", False)
-        motion._compiled_distances(torch.ones(3, 4), torch.ones(2, 4))
-        if compiled._broken:
-            pytest.skip("no working compiler")
-        yield
-
-
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 @settings(max_examples=100, deadline=None)
-@given(case=searches(), scale=st.sampled_from([1.0, 0.1]), narrow=st.sampled_from([0, 1 << 20]))
-def test_compiled_search_equals_exhaustive_search(compiled_always, case, scale, narrow):
+@given(
+    case=searches(),
+    scale=st.sampled_from([1.0, 0.1]),
+    sizes=st.sampled_from([{"_NARROW": 1 << 20}, {"_SMALL": 1 << 24}, {"_SMALL": 1 << 24, "_TRIMMED": 1 << 24}, {}]),
+)
+def test_compiled_search_equals_exhaustive_search(case, scale, sizes):
     """Also where distances are added in another order: ties, near ties, distances at the limit."""
     tokens, reference, limit, budget, _ = case
     tokens, reference, limit = tokens * scale, reference * scale, limit * scale
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), at_once():
+        warnings.filterwarnings("error", "torch cannot compile")
         patch.setitem(motion._CHUNK_BYTES, "cpu", budget)
-        patch.setattr(motion, "_NARROW", narrow)
+        for name, size in sizes.items():
+            patch.setattr(motion, name, size)
         assert torch.equal(motion_search(tokens, reference, limit), exhaustive(tokens, reference, limit))
 
 

@@ -1,6 +1,7 @@
 """SIC against vectors of the published implementation, a float64 oracle and properties."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focuslib.grid import VisualGrid
-from focuslib.kernels.compiled import uncompiled
+from focuslib.kernels import compiled, similarity
+from focuslib.kernels.compiled import at_once, uncompiled
 from focuslib.kernels.similarity import ITSELF, ZERO, concentrate
 from focuslib.prefill.ops import SITES
 from focuslib.prefill.trace import Trace
@@ -188,18 +190,15 @@ def test_no_tokens_left():
     assert merged.values.shape == (0, 64)
 
 
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+
+
 @pytest.fixture
-def compiled_always(monkeypatch):
-    """Compile whatever the size; skipped where there is no compiler."""
-    monkeypatch.setattr("focuslib.kernels.compiled.LEAST_ENTRIES", 0)
-    monkeypatch.setattr("focuslib.kernels.compiled._announced", True)
-    monkeypatch.setattr("focuslib.kernels.compiled._broken", False)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        x, positions, grid = video_like(frames=2, side=3)
-        concentrate(x, positions, grid, threshold=0.85)
-    if any("torch.compile does not work here" in str(warning.message) for warning in said):
-        pytest.skip("no working compiler")
+def compiled_always():
+    """Compile whatever the size, and say nothing: what cannot be compiled is an error."""
+    with warnings.catch_warnings(), at_once():
+        warnings.filterwarnings("error", "torch cannot compile")
+        yield
 
 
 def random_problem(seed):
@@ -215,10 +214,15 @@ def random_problem(seed):
     x = torch.from_numpy(x[positions]).to([torch.float32, torch.bfloat16][seed % 2])
     if seed % 5 == 0:
         x[len(x) // 2 :: 7] = 0
-    options = {"threshold": float(rng.choice([0.5, 0.8, 0.9])), "m_tile": int(rng.choice([-1, 16, 100]))}
+    options = {
+        "threshold": float(rng.choice([0.5, 0.8, 0.9])),
+        "m_tile": int(rng.choice([-1, 16, 100])),
+        "max_doublings": int(rng.integers(1, 9)),
+    }
     return x, torch.from_numpy(positions), grid, {"vector_size": vector_size, **options}
 
 
+@needs_compiler
 def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
     problems = [random_problem(seed) for seed in range(100)]
     with torch.inference_mode():
@@ -233,16 +237,19 @@ def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
     assert any((a.codes != ITSELF).float().mean() > 0.3 for a in compiled)
 
 
-def test_token_counts_are_not_compiled_one_by_one(compiled_always):
+@needs_compiler
+def test_token_counts_are_not_compiled_one_by_one(compiled_always, monkeypatch):
     x, positions, grid = video_like(frames=16, side=6, channels=96)
-    torch._dynamo.utils.counters.clear()
+    graphs = {}
+    monkeypatch.setattr(similarity._matching, "_graphs", graphs)
     with torch.inference_mode():
         for count in range(40, 520, 16):  # 30 token counts, two widths
             for width in (96, 64):
                 concentrate(x[:count, :width], positions[:count], grid, threshold=0.85)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert len(graphs) == 1 and all(graph.run for graph in graphs.values())
 
 
+@needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads(compiled_always):
     x, positions, grid = video_like(frames=16, side=10)
     threads, found = torch.get_num_threads(), []
@@ -256,6 +263,54 @@ def test_results_do_not_depend_on_the_number_of_threads(compiled_always):
     assert torch.equal(one.codes, two.codes) and torch.equal(one.values, two.values)
 
 
+@needs_compiler
+def test_later_processes_read_what_one_compiled(compiled_always, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
+    x, positions, grid = video_like(frames=4, side=4, channels=96)
+
+    def concentrate_anew():
+        monkeypatch.setattr(similarity._matching, "_graphs", {})  # what a process has in memory
+        return concentrate(x, positions, grid, threshold=0.85)
+
+    first = concentrate_anew()
+    (file,) = tmp_path.glob("*.pt2")
+    written = file.stat().st_mtime_ns
+    second = concentrate_anew()
+    assert file.stat().st_mtime_ns == written and torch.equal(first.values, second.values)
+    file.write_bytes(file.read_bytes()[:1000])
+    third = concentrate_anew()  # made again
+    assert file.stat().st_mtime_ns != written and torch.equal(first.values, third.values)
+
+
+@needs_compiler
+def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_path):
+    x, positions, grid = video_like(frames=4, side=4, channels=96)
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "PATIENCE", 3 * x.numel())
+    monkeypatch.setattr(similarity._matching, "_graphs", {})
+    ran = []
+    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: ran.append(len(calls)))
+    monkeypatch.setattr(compiled, "_broken", False)
+    calls = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(6):
+            calls.append(concentrate(x, positions, grid, threshold=0.85))
+    assert ran[0] == 3  # the fourth call
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_small_and_large_inputs_take_ways_that_give_the_same_bits(seed):
+    x, positions, grid, options = random_problem(seed)
+    small = concentrate(x, positions, grid, **options)
+    with pytest.MonkeyPatch.context() as patch, uncompiled():
+        patch.setattr(similarity, "LEAST_ENTRIES", 0)
+        large = concentrate(x, positions, grid, **options)
+    for a, b in ((small.values, large.values), (small.codes, large.codes), (small.similarity, large.similarity)):
+        assert torch.equal(a, b)
+
+
 WITHOUT_COMPILER = """
 import sys
 import warnings
@@ -263,7 +318,7 @@ import warnings
 import torch
 
 from focuslib.grid import VisualGrid
-from focuslib.kernels import compiled
+from focuslib.kernels import compiled, similarity
 from focuslib.kernels.similarity import concentrate
 
 x = torch.randn(600, 2048, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -273,16 +328,17 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     one, two = (concentrate(x, torch.arange(600), grid, threshold=0.9) for _ in range(2))
 assert torch.equal(one.values, two.values) and (one.codes > 0).any()
-said = [str(warning.message) for warning in said if "torch.compile does not work here" in str(warning.message)]
+said = [str(warning.message) for warning in said if "torch cannot compile here" in str(warning.message)]
 assert len(said) == 1 and "no-such-compiler" in said[0], said
-compiled.LEAST_ENTRIES = x.numel() + 1
+similarity.LEAST_ENTRIES = x.numel() + 1
 small = concentrate(x, torch.arange(600), grid, threshold=0.9)  # all candidates at once
 assert torch.equal(one.codes, small.codes) and torch.equal(one.values, small.values)
 """
 
 
 def test_without_a_compiler_one_warning_and_the_same_result(tmp_path):
-    environment = {**os.environ, "CXX": "/no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    caches = {name: str(tmp_path) for name in ("FOCUS_CACHE", "TORCHINDUCTOR_CACHE_DIR")}
+    environment = {**os.environ, **caches, "CXX": "/no-such-compiler"}
     subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, check=True)
 
 

@@ -16,6 +16,7 @@ from focuslib.errors import UserError
 from focuslib.evaluation.measure import measure
 from focuslib.evaluation.settings import method_settings
 from focuslib.files import write_json
+from focuslib.kernels.compiled import at_once
 from focuslib.methods import Focus, Method
 from focuslib.methods.settings import make_method
 from focuslib.models import VLM, load_vlm
@@ -73,7 +74,7 @@ def measure_speed(
     out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time and memory of a prompt under each method, in turns (A B A B …) after one run that warms up.
+    """Time and memory of a prompt under each method, in turns (A B A B …) after one run that warms up and compiles.
 
     Parameters
     ----------
@@ -98,7 +99,7 @@ def measure_speed(
     for turn in range(repeats + 1):
         for label, method in methods.items():
             say(f"{label}: {'warming up' if turn == 0 else f'run {turn} of {repeats}'}")
-            with method(vlm) as run:
+            with at_once(), method(vlm) as run:
                 timed = _times(vlm, prepare, decode)
             if turn:
                 times[label].append(timed)

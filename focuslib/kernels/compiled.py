@@ -1,25 +1,43 @@
-"""Tensor code compiled where that pays: as it is written for small tensors, and where there is no working compiler."""
+"""Tensor code compiled where that pays: as it is written for few small tensors, and where there is no working compiler.
 
+On a CPU a function is compiled ahead of time and kept on disk, so that a later process has it in milliseconds, without
+loading the compiler. On a GPU torch.compile compiles it, and keeps what it makes in its own cache.
+"""
+
+import inspect
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-# From this size on, compiling pays: below it the small operations cost less than the seconds a compiled one takes to
-# load. Half a million entries is a tenth of a short video in a model of 7 billion parameters.
+from focuslib.files import digest
+from focuslib.paths import cache_folder
+
+# From this size on, a call is worth compiling for by itself. Half a million entries is a tenth of a short video in a
+# model of 7 billion parameters.
 LEAST_ENTRIES = 1 << 19
 
-# One graph for each number of candidates, vector size, dtype, inference mode and number of threads that a process
-# meets, each of them for any number of tokens and channels. Beyond this many, new ones run as they are written.
+# Smaller calls are worth it once a process has spent some seconds on them: an entry takes about 7 ns as it is written.
+# Compiling takes longer, but later processes have it for nothing.
+PATIENCE = 1 << 29
+
+# On a GPU, one graph for each number of candidates, vector size and dtype that a process meets, each of them for any
+# number of tokens and channels. Beyond this many, new ones run as they are written.
 _MOST_GRAPHS = 64
 
 _announced = False
 _broken = False
+_patient = True
 
 
 def _entries(*arguments: Tensor) -> int:
@@ -27,55 +45,195 @@ def _entries(*arguments: Tensor) -> int:
     return arguments[0].numel()
 
 
-class Compiled:
-    """A function of tensors, compiled by torch.compile when its arguments are large.
+@dataclass
+class _Graph:
+    """What is made for some dtypes and fixed sizes. patience: entries until it is compiled; run: None until then."""
 
-    Sizes may change from call to call without compiling anew, but for those in `static`: what is specialised on.
-    What the compiler makes is kept on disk (torch's own cache), for the next process.
+    file: Path
+    patience: int
+    run: Callable[..., Any] | None = None
+
+
+class Compiled:
+    """A function of tensors that gives the same with and without a compiler, compiled when it is worth it.
+
+    Sizes may change from call to call without compiling anew, but for those that are fixed.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        static: dict[int, tuple[int, ...]] | None = None,
-        size: Callable[..., int] = _entries,
-    ):
-        """static: argument number → its dimensions of fixed size. size: how many entries some arguments are worth."""
+    def __init__(self, function: Callable[..., Any], *sizes: str, work: Callable[..., int] = _entries):
+        """sizes: for each argument the names of its dimensions, a name of its own, or "=" if it is fixed.
+
+        work: how many entries some arguments are worth.
+        """
         self.function = function
-        self.static = static or {}
-        self.size = size
-
-    @cached_property
-    def compiled(self) -> Callable[..., Any]:
-        """The function as torch.compile makes it; made on first use, for the compiler alone takes a second to load."""
-        return torch.compile(self.function, dynamic=True)
-
-    def wanted(self, *arguments: Tensor) -> bool:
-        """Whether a call with these arguments is run compiled."""
-        return wants_compiling(self.size(*arguments))
+        self.sizes = [dimensions.split() for dimensions in sizes]
+        self.work = work
+        self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
-        if not self.wanted(*arguments):
-            return self.function(*arguments)
-        _announce()
-        compiled = self.compiled
-        from torch._dynamo.exc import TorchDynamoException  # also what the C++ or Triton compiler reports
+        return (self.ready(*arguments) or self.function)(*arguments)
 
-        for number, dimensions in self.static.items():
-            for dimension in dimensions:
-                torch._dynamo.mark_static(arguments[number], dimension)
+    def ready(self, *arguments: Tensor) -> Callable[..., Any] | None:
+        """The function as it is compiled for such arguments; None where they are better run as it is written."""
+        work = self.work(*arguments)
+        if _broken or not work:
+            return None
+        if arguments[0].device.type != "cpu":
+            return self._on_gpu if work >= LEAST_ENTRIES else None
+        fixed, lengths = [], {}
+        for argument, names in zip(arguments, self.sizes, strict=True):
+            for name, size in zip(names, argument.shape, strict=True):
+                if name == "=":
+                    fixed.append(size)
+                elif size < 2:  # a graph for any size is one for sizes from 2
+                    return None
+                elif lengths.setdefault(name, size) != size:  # a graph does not ask
+                    raise ValueError(f"{self.function.__name__}: {name} is {lengths[name]} and {size}")
+        key = (*fixed, *(argument.dtype for argument in arguments))
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._known(key)
+        if graph.run is None:
+            graph.patience -= work
+            if work >= LEAST_ENTRIES or graph.patience < 0 or not _patient:
+                graph.run = self._compile(graph.file, arguments)
+        return graph.run
+
+    def _known(self, key: Any) -> _Graph:
+        """A graph that is read from disk if an earlier process left it there."""
+        file = _folder() / f"{digest([self.function.__name__, _environment(self.function), key])}.pt2"
+        return _Graph(file, PATIENCE, _load(file))
+
+    def _compile(self, file: Path, arguments: tuple[Tensor, ...]) -> Callable[..., Any] | None:
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS):
-                return compiled(*arguments)
-        except TorchDynamoException as error:
+            with FileLock(file.with_suffix(".lock")):  # what another process compiles now need not be compiled here
+                run = _load(file)
+                if run is None:
+                    self._write(file, arguments)
+                    run = _load(file)
+        except (OSError, RuntimeError) as error:  # what torch and the C++ compiler raise
             _give_up(error)
-            return self.function(*arguments)
+            return None
+        return run
+
+    def _write(self, file: Path, arguments: tuple[Tensor, ...]) -> None:
+        """Compile for arguments of these dtypes and fixed sizes, and any others. Loading the compiler takes seconds."""
+        _announce()
+        from torch._inductor import aoti_compile_and_package, list_options
+        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+        from torch.export import Dim, export
+
+        names = sorted({name for names in self.sizes for name in names} - {"="})
+        lengths = {name: 133 + 4 * number for number, name in enumerate(names)}  # any that are not alike
+        symbols = {name: Dim(name, min=2, max=1 << 30) for name in names}
+        examples, dynamic = [], []
+        for argument, names in zip(arguments, self.sizes, strict=True):
+            sizes = [lengths.get(name, size) for name, size in zip(names, argument.shape, strict=True)]
+            examples.append(torch.zeros(sizes, dtype=argument.dtype))
+            dynamic.append({place: symbols[name] for place, name in enumerate(names) if name in symbols})
+        partial = file.with_suffix(".partial.pt2")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own of itself
+            program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
+            known = list_options()
+            options = {name: value for name, value in _OPTIONS.items() if name in known}
+            try:
+                aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options | _TRUSTING)
+            except RuntimeError:  # an old compiler, say
+                valid_vec_isa_list.cache_clear()
+                aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
+        partial.replace(file)
+
+    @cached_property
+    def _on_gpu(self) -> Callable[..., Any]:
+        """The function as torch.compile makes it."""
+        from torch._dynamo.exc import TorchDynamoException  # also what the Triton compiler reports
+
+        compiled = torch.compile(self.function, dynamic=True)
+
+        def run(*arguments: Tensor) -> Any:
+            _announce()
+            for argument, names in zip(arguments, self.sizes, strict=True):
+                for dimension in (number for number, name in enumerate(names) if name == "="):
+                    torch._dynamo.mark_static(argument, dimension)
+            try:
+                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS):
+                    return compiled(*arguments)
+            except TorchDynamoException as error:
+                _give_up(error)
+                return self.function(*arguments)
+
+        return run
 
 
-def wants_compiling(entries: int) -> bool:
-    """Whether a function of so many entries is run compiled."""
-    return entries >= LEAST_ENTRIES and not _broken
+class _Function(torch.nn.Module):
+    """A function as what torch.export takes."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.function(*arguments)
+
+
+def _load(file: Path) -> Callable[..., Any] | None:
+    """What an earlier call, or process, has compiled, if any has. torch's public way takes a second of imports."""
+    if not file.exists():
+        return None
+    native: Any = torch._C  # whose types do not tell all it has
+    try:
+        package = native._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+    except RuntimeError:  # not whole, say
+        file.unlink(missing_ok=True)
+        return None
+    except (AttributeError, TypeError) as error:  # a torch that has it in another place
+        _give_up(error)
+        return None
+
+    def run(*arguments: Tensor) -> Any:
+        # a graph is of contiguous arguments, and does not ask
+        results = package.boxed_run([argument.contiguous() for argument in arguments])
+        return results if len(results) > 1 else results[0]
+
+    return run
+
+
+@cache
+def _folder() -> Path:
+    """Where compiled functions are kept: with the other caches, or with nothing else where that cannot be written."""
+    folder = cache_folder("compiled")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError:
+        return Path(mkdtemp(prefix="focus-"))
+
+
+@cache
+def _environment(function: Callable[..., Any]) -> list[str]:
+    """What the code made of a function hangs on, its arguments aside: its source, torch, and the processor."""
+    sources = [inspect.getsource(sys.modules[module]) for module in (function.__module__, __name__)]
+    return [*sources, torch.__version__, platform.machine(), *_instructions()]
+
+
+def _instructions() -> list[str]:
+    """The instructions that the processor has, where the system tells; code is compiled for all of them."""
+    known = [torch.backends.cpu.get_cpu_capability(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return known
+    return [*known, *[line for line in lines if line.startswith(("flags", "Features"))][:1]]
+
+
+_OPTIONS = {
+    "cpp.dynamic_threads": True,  # one graph for any number of threads
+    "assert_indirect_indexing": False,  # the rows that are gathered were made by `candidate_rows`
+    "aot_inductor.precompile_headers": False,  # which pays from the third kernel on only
+}
+# torch tries out, for seconds, whether the compiler knows the processor's instructions; nearly every one does
+_TRUSTING = {"cpp.vec_isa_ok": True}
 
 
 @contextmanager
@@ -89,8 +247,19 @@ def uncompiled() -> Iterator[None]:
         _broken = before
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Compile whatever the size of a call, as a process that runs for long does sooner or later: for measuring."""
+    global _patient
+    before, _patient = _patient, False
+    try:
+        yield
+    finally:
+        _patient = before
+
+
 def _announce() -> None:
-    """Say, once a process, why the first large call takes longer."""
+    """Say, once a process, why a call takes longer."""
     global _announced
     if not _announced:
         _announced = True
@@ -103,7 +272,7 @@ def _give_up(error: Exception) -> None:
     _broken = True
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     warnings.warn(
-        f"torch.compile does not work here ({reason}); large inputs run uncompiled, several times slower and with more "
+        f"torch cannot compile here ({reason}); large inputs run uncompiled, several times slower and with more "
         "memory. On a CPU it needs a C++ compiler (g++, clang++ or MSVC), on a GPU Triton.",
         stacklevel=4,
     )

@@ -6,9 +6,10 @@ compiler makes them cheap, only spare distances that cannot matter. Those that a
 float32, the exhaustive search's own arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ INFORMATIVE = -1  # match of a token that no reference token is near enough to
 ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail interval replaces
 _COARSE, _FINE = 64, 16  # channels a block of the two bounds
 _NARROW = 4 * _COARSE  # channels up to which bounds spare too little
+_SMALL = 1 << 24  # differences of channels up to which all of them cost compiled code less than bounds spare
+_FEW = 1 << 20  # the same of code as it is written
+_TRIMMED = 1 << 22  # differences from which on it pays compiled code to look for zero channels first
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
 _ROUNDOFF = 2.0**-24  # of one float32 operation
-_FEW = 1 << 20  # differences of channels up to which computing all distances costs less than sparing any
 _ENTRY = 16  # differences that take as long as what a compiled function does to an entry by default
 
 # Working set of one block of tokens. On a CPU it has to stay small and near the core; on a GPU it only bounds memory.
@@ -52,18 +55,19 @@ def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     Extra memory: a working set of a few MiB, or of [N, P] where that is more. Fast where most distances are far above
     `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
-    if tokens.shape[-2] * reference.shape[-2] * reference.shape[-1] <= _FEW:
-        return _nearest(torch.cdist(tokens.float(), reference.float(), p=1), limit)
-    if tokens.dim() == 3:
-        return torch.stack([motion_search(*head, limit) for head in zip(tokens, reference, strict=True)])
-    reference = reference.float()
-    if tokens.shape[1] <= _NARROW:
-        return _exhaustive(tokens.float(), reference, limit)
-    blocks = _block_sums(reference)
-    parts = len(tokens) // (8 * _rows_in_budget(tokens))
-    if parts < 2:
-        return _search(tokens.float(), blocks, limit)
-    return torch.cat([_search(part.float(), blocks, limit) for part in tokens.chunk(parts)])
+    if tokens.dim() == 2:
+        return motion_search(tokens[None], reference[None], limit)[0]
+    differences = tokens.numel() * reference.shape[1]
+    if differences > _SMALL and len(tokens) > 1:  # small heads together, large ones one by one
+        heads = zip(tokens.split(1), reference.split(1), strict=True)
+        return torch.cat([motion_search(*head, limit) for head in heads])
+    few = differences <= _FEW or tokens.shape[2] <= _NARROW
+    if few or differences <= _SMALL:
+        pair = tokens.float(), reference.float()
+        compiled = _compiled(*pair)
+        if few or compiled:
+            return _exhaustive(*pair, limit, compiled)
+    return torch.stack([_by_parts(*head, limit) for head in zip(tokens, reference.float(), strict=True)])
 
 
 def same_position(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
@@ -163,6 +167,13 @@ class Compensation:
         return rows.view(x.shape)
 
 
+def _by_parts(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
+    """`motion_search` of one head, in parts."""
+    blocks = _block_sums(reference)
+    parts = max(1, len(tokens) // (8 * _rows_in_budget(tokens)))
+    return torch.cat([_search(part.float(), blocks, limit) for part in tokens.chunk(parts)])
+
+
 def _search(rows: Tensor, reference: _Blocks, limit: float) -> Tensor:
     """`motion_search` of one block of float32 rows."""
     match = torch.full((len(rows),), INFORMATIVE, device=rows.device)
@@ -189,28 +200,44 @@ def _eliminated(rows: Tensor, alive: Tensor, reference: Tensor, bound: Tensor, l
     left = bound <= distance.clamp(max=limit)[:, None]
     row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
     if len(row) > _DENSE_SHARE * left.numel():
-        return _exhaustive(rows.index_select(0, alive), reference, limit)
+        pair = rows.index_select(0, alive)[None], reference[None]
+        return _exhaustive(*pair, limit, _compiled(*pair))[0]
     bound.fill_(torch.inf).scatter_(1, likely[:, None], distance[:, None])
     if len(row):
         bound[row, candidate] = _picked_distances(rows, reference, alive[row], candidate)
     return _nearest(bound, limit)
 
 
-def _exhaustive(rows: Tensor, reference: Tensor, limit: float) -> Tensor:
-    """`motion_search` by all distances. rows, reference: float32.
+def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callable[..., Any] | None) -> Tensor:
+    """`motion_search` by all distances. rows: [H, N, D], reference: [H, P, D] float32.
 
-    Compiled code adds the channels in another order than cdist. It decides where no order could decide otherwise.
+    compiled: what `_compiled` gives. Such code adds the channels in another order than cdist. It decides where no order
+    could decide otherwise.
     """
-    if not _compiled_nearest.wanted(rows, reference):
+    if compiled is None:
         return _nearest(_all_distances(rows, reference), limit)
-    least, best, second = _compiled_nearest(rows, reference)
-    doubt = 4 * rows.shape[1] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
-    match = torch.where(least < limit, best, INFORMATIVE)
-    sure = (second * (1 - doubt) > least) & ((least - limit).abs() > doubt * least)
-    unsure = torch.nonzero(~sure).squeeze(1)
-    if len(unsure):
-        match[unsure] = _nearest(_all_distances(rows.index_select(0, unsure), reference), limit)
+    used = rows.shape[2]
+    if rows[0].numel() * reference.shape[1] > _TRIMMED:
+        used = _used(rows, reference)
+    match, sure = compiled(rows[..., :used], reference[..., :used], rows.new_full((), limit))
+    unsure = torch.nonzero(~sure)  # [K, 2]
+    for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
+        row = unsure[unsure[:, 0] == head, 1]
+        match[head, row] = _nearest(_all_distances(rows[head].index_select(0, row), reference[head]), limit)
     return match
+
+
+def _compiled(rows: Tensor, reference: Tensor) -> Callable[..., Any] | None:
+    """`_decided` as it is compiled for such rows, if it is."""
+    return _compiled_decided.ready(rows, reference, rows.new_zeros(()))
+
+
+def _used(*rows: Tensor) -> int:
+    """Channels after which all rows are zero; a causal attention matrix has such. They add nothing to a distance."""
+    if any(x[..., -1].any() for x in rows):
+        return rows[0].shape[-1]
+    nonzero = torch.stack([(x.amax((0, 1)) > 0) | (x.amin((0, 1)) < 0) for x in rows]).any(0).nonzero()
+    return max(2, int(nonzero[-1]) + 1) if len(nonzero) else 2
 
 
 def _nearest(distance: Tensor, limit: float) -> Tensor:
@@ -221,8 +248,8 @@ def _nearest(distance: Tensor, limit: float) -> Tensor:
 
 def _block_sums(x: Tensor) -> _Blocks:
     """The coarse block sums of rows [N, D] float32."""
-    parts = [x] if _compiled_sums.wanted(x) else x.split(_rows_in_budget(x))
-    pairs = [_compiled_sums(part) for part in parts]
+    blocks = _in_blocks(x, _COARSE)
+    pairs = [_compiled_sums(part) for part in blocks.split(_rows_in_budget(x))]
     sums, absolute = pairs[0] if len(pairs) == 1 else (torch.cat(blocks) for blocks in zip(*pairs, strict=True))
     whole = absolute.shape[1] * _COARSE
     if whole < x.shape[1] and x[:, whole:].any():
@@ -254,12 +281,17 @@ def _lower_bounds(a: _Blocks, rows: Tensor | None, b: _Blocks, used: int, size: 
 
 def _sums(x: Tensor, size: int) -> Tensor:
     """Sums of whole blocks of `size` channels: [N, D] → [N, D // size]."""
-    return x[:, : x.shape[1] // size * size].unflatten(1, (-1, size)).sum(-1)
+    return _in_blocks(x, size).sum(-1)
 
 
-def _coarse_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Coarse block sums of rows [N, D], and of their absolute values: [N, D // _COARSE] each."""
-    return _sums(x, _COARSE), _sums(x.abs(), _COARSE)
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """The whole blocks of `size` channels: [N, D] → [N, D // size, size], a view."""
+    return x[:, : x.shape[1] // size * size].unflatten(1, (-1, size))
+
+
+def _two_sums(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of blocks [N, B, size], and of their absolute values: [N, B] each."""
+    return blocks.sum(-1), blocks.abs().sum(-1)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -267,22 +299,26 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b).abs().sum(-1) if torch.compiler.is_compiling() else torch.cdist(a, b, p=1)
 
 
-def _two_nearest(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The least L1 distance of each row, which reference row has it, and the least of the others: [N] each."""
-    distance = _distances(rows, reference)
-    least, best = distance.min(1)
-    own = torch.arange(reference.shape[0], device=rows.device) == best[:, None]
-    return least, best, distance.masked_fill(own, torch.inf).amin(1)
+def _decided(rows: Tensor, reference: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """`motion_search` of rows [H, N, D], and where no order of addition could decide otherwise: [H, N] each."""
+    distance = (rows[:, :, None] - reference[:, None]).abs().sum(-1)
+    least, best = distance.min(-1)
+    own = torch.arange(reference.shape[1], device=rows.device) == best[..., None]
+    second = distance.masked_fill(own, torch.inf).amin(-1)
+    doubt = 4 * rows.shape[2] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
+    which = (second * (1 - doubt) > least) | (least == 0)  # zero is zero in any order
+    sure = (which | (least > limit)) & ((least - limit).abs() > doubt * least)
+    return torch.where(least < limit, best, INFORMATIVE), sure
 
 
-def _work(a: Tensor, b: Tensor) -> int:
-    """What all distances of rows [N, D] to [P, D] are worth, in entries."""
-    return a.shape[0] * b.numel() // _ENTRY
+def _work(a: Tensor, b: Tensor, *others: Tensor) -> int:
+    """What all distances of rows [N, D] to [P, D], or of several heads' rows, are worth, in entries."""
+    return a.shape[-2] * b.numel() // _ENTRY
 
 
-_compiled_sums = Compiled(_coarse_sums)
-_compiled_distances = Compiled(_distances, size=_work)
-_compiled_nearest = Compiled(_two_nearest, size=_work)
+_compiled_sums = Compiled(_two_sums, "N B =", work=lambda blocks: 2 * blocks.numel())
+_compiled_distances = Compiled(_distances, "N D", "P D", work=_work)
+_compiled_decided = Compiled(_decided, "= N D", "= P D", "", work=_work)
 
 
 def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
@@ -301,13 +337,12 @@ def _pair_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _all_distances(rows: Tensor, reference: Tensor) -> Tensor:
-    """L1 distances of all pairs, [N, D], [P, D] → [N, P], in tiles."""
+    """L1 distances of all pairs, [N, D], [P, D] → [N, P], or of several heads' rows, in tiles."""
     step = _rows_in_budget(rows)
-    return torch.cat([
-        torch.cat([torch.cdist(a, b, p=1) for b in reference.split(step)], dim=1) for a in rows.split(step)
-    ])  # fmt: skip
+    tiles = [[torch.cdist(a, b, p=1) for b in reference.split(step, -2)] for a in rows.split(step, -2)]
+    return torch.cat([torch.cat(tile, -1) for tile in tiles], -2)
 
 
 def _rows_in_budget(x: Tensor) -> int:
     budget = _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cuda"])
-    return max(1, budget // (4 * max(1, x.shape[1])))
+    return max(1, budget // (4 * max(1, x.shape[-1])))

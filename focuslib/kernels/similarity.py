@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import Grid
-from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled, wants_compiling
+from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled
 
 ITSELF = 0  # code of a vector that no candidate is similar enough to
 ZERO = 255  # code of a vector whose entries are all zero
@@ -76,8 +76,7 @@ def concentrate(
     elif not (overwrite and x.is_contiguous()):
         values = x.clone(memory_format=torch.contiguous_format)
     split = values.view(tokens, vectors, vector_size)
-
-    lanes = _lanes_before_vectors(split.detach())  # which vectors are similar has no gradient; what they become has
+    # which vectors are similar has no gradient; what they become has
     narrow = split.detach() if split.dtype != torch.float64 else split.detach().float()
     norm = torch.linalg.vector_norm(narrow, dim=-1, dtype=torch.float32)  # [T, V]
     full = bool(norm.all())
@@ -85,14 +84,9 @@ def concentrate(
         rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
     zero: Any = None if full else norm == 0
     inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
-    best, codes = _best_candidates(lanes, inverse_norm, rows[1:])
-    del lanes
-
-    similar = best > threshold
-    codes.mul_(similar)  # ITSELF is 0
-    pointer = rows.T.gather(1, codes.long())  # [T, V]
+    best, codes, pointer = _best_candidates(narrow, inverse_norm, rows, threshold)
     root, settled = _resolve(pointer, grid.num_frames if max_doublings is None else max_doublings)
-    _replace_by_means(split.view(-1, vector_size), root, similar, settled)
+    _replace_by_means(split.view(-1, vector_size), root, codes, settled)
     if not full:
         codes.masked_fill_(zero, ZERO)
     if values.shape[1] != channels:
@@ -108,7 +102,7 @@ def candidate_rows(
     m_tile: int | None,
     nonzero: Tensor | None = None,
 ) -> Tensor:
-    """The row that a vector with each code points to, [C + 1, T] int64: its own, then its candidates' rows.
+    """The row that a vector with each code points to, [T, C + 1] int64: its own, then its candidates' rows.
 
     T where a candidate does not exist, is not present or in another tile. nonzero: [T], which tokens are not entirely
     zero, if some are: they have no place in a tile. The rest: as `concentrate`.
@@ -125,7 +119,7 @@ def candidate_rows(
         number = own if nonzero is None else (nonzero.cumsum(0) - 1).clamp(min=0)
         tile = F.pad(number // m_tile, (0, 1), value=-1)  # [T + 1]
         rows = torch.where(tile[rows] == tile[:-1], rows, missing)
-    return torch.cat([own[None], rows])
+    return torch.cat([own[None], rows]).T.contiguous()
 
 
 def resolve_pointers(pointer: Tensor, doublings: int) -> Tensor:
@@ -143,54 +137,51 @@ def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
     return pointer, False
 
 
-def _lanes_before_vectors(split: Tensor) -> Tensor:
-    """[T, V, n] → [T, n, V]: in memory too where the arithmetic runs as it is written; compiled code needs no copy."""
-    lanes = split.transpose(1, 2)
-    return lanes if _compiles(lanes) else lanes.float().contiguous()
+def _best_candidates(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, ...]:
+    """Each vector's best cosine similarity over its candidates and its code, [T, V] each, and what it points to.
 
-
-def _compiles(lanes: Tensor) -> bool:
-    return wants_compiling(lanes.numel()) and lanes.shape[1] in _COMPILED_SIZES
-
-
-def _best_candidates(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Best cosine similarity over the candidates and which one has it (1-based; the first wins a tie): [T, V] each.
-
-    lanes: [T, n, V]. inverse_norm: [T, V], 0 for zero vectors. rows: [C, T], T where there is no such candidate.
+    The first candidate wins a tie. split: [T, V, n] contiguous. inverse_norm: [T, V], 0 for zero vectors.
+    rows: [T, C + 1] as `candidate_rows` gives them. Vectors point to vectors, counted row by row: [T·V] int64.
     """
-    if rows.shape[0] == 0:
-        return torch.zeros_like(inverse_norm), torch.zeros_like(inverse_norm, dtype=torch.uint8)
-    inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
-    if _compiles(lanes):
-        return _compiled_matching(lanes, inverse_norm, rows[:, None])
-    # all candidates at once spare small operations, one after the other they spare memory
-    return _match(lanes, inverse_norm, rows[None] if lanes.numel() < LEAST_ENTRIES else rows[:, None])
+    if rows.shape[1] == 1:
+        none = torch.zeros_like(inverse_norm)
+        return none, none.to(torch.uint8), torch.arange(none.numel(), device=none.device)
+    matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
+    return matching(split, inverse_norm, rows, inverse_norm.new_full((), threshold))
 
 
-def _match(lanes: Tensor, inverse_norm: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`_best_candidates` in passes of k candidates each. rows: [passes, k, T]. inverse_norm: [T + 1, V].
+def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_best_candidates`, threshold: [].
 
     A missing candidate counts as a zero vector: similarity 0, never above a threshold, so it is never chosen.
     """
-    lanes = lanes.float()
-    last = lanes.shape[0] - 1
+    tokens, vectors, _ = split.shape
+    compiling = torch.compiler.is_compiling()
+    # all candidates at once spare small operations, one after the other they spare memory
+    candidates = rows[:, 1:]
+    passes = (candidates,) if compiling or split.numel() < LEAST_ENTRIES else candidates.split(1, 1)
+    inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
+    lanes = split.transpose(1, 2).float()
+    lanes = lanes if compiling else lanes.contiguous()  # [T, n, V]
     own = lanes * inverse_norm[:-1, None]  # [T, n, V]
     best: Any = None  # [T, V], as codes
     codes: Any = None
-    first = 0
-    for several in rows:  # [k, T]
-        source = several.flatten()  # [k·T]
-        other = lanes.index_select(0, source.clamp(max=last)).unflatten(0, several.shape)  # [k, T, n, V]
-        other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [k, T, V]
-        similarity, choice = _sum(other.mul_(own)).mul_(other_norm).max(0)  # [T, V]
+    first = 1
+    for several in passes:  # [T, k]
+        source = several.flatten()  # [T·k]
+        other = lanes.index_select(0, source.clamp(max=tokens - 1)).unflatten(0, several.shape)  # [T, k, n, V]
+        other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [T, k, V]
+        similarity, choice = _sum(other.mul_(own[:, None])).mul_(other_norm).max(1)  # [T, V]
         if best is None:
-            best, codes, first = similarity.clamp_(min=0), (choice + 1).to(torch.uint8), several.shape[0] + 1
-            continue
-        better = similarity > best
-        best = torch.where(better, similarity, best)
-        codes = torch.where(better, (choice + first).to(torch.uint8), codes)
-        first += several.shape[0]
-    return best, codes
+            best, codes = similarity.clamp_(min=0), (choice + first).to(torch.uint8)
+        else:
+            better = similarity > best
+            best = torch.where(better, similarity, best)
+            codes = torch.where(better, (choice + first).to(torch.uint8), codes)
+        first += several.shape[1]
+    codes = codes * (best > threshold)  # ITSELF is 0
+    row = rows.gather(1, codes.long())  # [T, V]
+    return best, codes, (row * vectors + torch.arange(vectors, device=rows.device)).flatten()
 
 
 def _sum(lanes: Tensor) -> Tensor:
@@ -211,29 +202,34 @@ def _sum(lanes: Tensor) -> Tensor:
     return lanes.sum(-2) if compiling else lanes.squeeze(-2)
 
 
-_compiled_matching = Compiled(_match, static={0: (1,), 2: (0, 1)})
+_matching = Compiled(_match, "T V =", "T V", "T =", "")
 
 
-def _replace_by_means(vectors: Tensor, root: Tensor, similar: Tensor, settled: bool) -> None:
+def _replace_by_means(vectors: Tensor, root: Tensor, codes: Tensor, settled: bool) -> None:
     """Replace, in place, each member of a group of two or more by the group's mean (float32 accumulation, in order).
 
-    vectors: [T·V, n]. root, similar: [T, V]. A group is a leader and the vectors that follow it.
+    vectors: [T·V, n]. root: [T·V], codes: [T, V]. A group is a leader and the vectors that follow it.
     settled: no leader follows another. Where doubling ended early one may: then it is no member of its own group.
     """
-    followers = similar.flatten().nonzero().squeeze(1)  # [K] numbers of vectors
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    if vectors.numel() < LEAST_ENTRIES:  # fewer operations, more traffic; the sums are added in the same order
+        total = torch.zeros_like(vectors, dtype=wide)
+        _add_rows(total, root, vectors.clone() if vectors.requires_grad else vectors)  # autograd keeps what is added
+        size = torch.bincount(root, minlength=len(root)).clamp_(min=1)
+        vectors.copy_(total.div_(size[:, None]).index_select(0, root))
+        return
+    similar = codes.flatten() != ITSELF
+    followers = similar.nonzero().squeeze(1)  # [K] numbers of vectors
     if followers.shape[0] == 0:
         return
-    count = root.shape[1]
-    numbers = torch.add(torch.arange(count, device=root.device), root, alpha=count).flatten()  # [T·V]
-    leaders = numbers.index_select(0, followers)  # [K]
-    wide = torch.promote_types(vectors.dtype, torch.float32)
+    leaders = root.index_select(0, followers)  # [K]
     total = vectors if settled and vectors.dtype == wide else vectors.to(wide, copy=True)
     if not settled:
         total.index_fill_(0, followers, 0)
     pieces = list(_pieces(followers, leaders))
     for members, into in pieces:
         _add_rows(total, into, vectors.index_select(0, members))
-    size = torch.bincount(leaders, minlength=total.shape[0]) + ~similar.flatten()  # [T·V]
+    size = torch.bincount(leaders, minlength=total.shape[0]) + ~similar  # [T·V]
     # a follower that leads no one has no size, and no use of what it becomes here; a gradient would be 0 / 0
     total.div_(size.clamp_(min=1)[:, None])
     if total is not vectors:

@@ -1,13 +1,13 @@
 """The identity of a checkpoint: a digest of its content."""
 
 import json
-import os
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
 from focuslib.files import digest, write_json
+from focuslib.paths import cache_folder
 
 LARGE = 64 << 20  # bytes, from which a file's digest is kept on disk between runs
 
@@ -33,8 +33,7 @@ def _content(file: Path) -> str:
 def _digest_of(file: Path, size: int, *times: int) -> str:
     if size < LARGE:
         return sha256(file.read_bytes()).hexdigest()
-    folder = Path(os.environ.get("FOCUS_CACHE", "~/.cache/focus")).expanduser() / "digests"
-    known = folder / f"{digest([str(file), size, *times])}.json"
+    known = cache_folder("digests") / f"{digest([str(file), size, *times])}.json"
     try:
         return json.loads(known.read_text())["sha256"]
     except (OSError, ValueError, KeyError):
