@@ -1,5 +1,6 @@
 """SIC against vectors of the published implementation, a float64 oracle and properties."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -282,21 +283,26 @@ def test_later_processes_read_what_one_compiled(compiled_always, monkeypatch, tm
     assert file.stat().st_mtime_ns != written and torch.equal(first.values, third.values)
 
 
-@needs_compiler
 def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_path):
     x, positions, grid = video_like(frames=4, side=4, channels=96)
+    calls, compilations = [], []
     monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
     monkeypatch.setattr(compiled, "PATIENCE", 3 * x.numel())
     monkeypatch.setattr(similarity._matching, "_graphs", {})
-    ran = []
-    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: ran.append(len(calls)))
-    monkeypatch.setattr(compiled, "_broken", False)
-    calls = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(6):
-            calls.append(concentrate(x, positions, grid, threshold=0.85))
-    assert ran[0] == 3  # the fourth call
+    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: compilations.append(len(calls)))
+
+    def concentrate_again():
+        calls.append(concentrate(x, positions, grid, threshold=0.85))
+
+    for _ in range(3):
+        concentrate_again()
+    (graph,) = similarity._matching._graphs.values()
+    with graph.file.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process that compiles it
+        concentrate_again()
+    assert compilations == []
+    concentrate_again()
+    assert compilations == [4]
 
 
 @given(seed=st.integers(0, 2**32 - 1))

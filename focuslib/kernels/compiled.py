@@ -17,7 +17,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from focuslib.files import digest
@@ -35,7 +35,6 @@ PATIENCE = 1 << 29
 # number of tokens and channels. Beyond this many, new ones run as they are written.
 _MOST_GRAPHS = 64
 
-_announced = False
 _broken = False
 _patient = True
 
@@ -95,8 +94,10 @@ class Compiled:
             graph = self._graphs[key] = self._known(key)
         if graph.run is None:
             graph.patience -= work
-            if work >= LEAST_ENTRIES or graph.patience < 0 or not _patient:
-                graph.run = self._compile(graph.file, arguments)
+            if work >= LEAST_ENTRIES or not _patient:
+                self._compile(graph, arguments)
+            elif graph.patience < 0:
+                self._compile(graph, arguments, wait=False)
         return graph.run
 
     def _known(self, key: Any) -> _Graph:
@@ -104,21 +105,22 @@ class Compiled:
         file = _folder() / f"{digest([self.function.__name__, _environment(self.function), key])}.pt2"
         return _Graph(file, PATIENCE, _load(file))
 
-    def _compile(self, file: Path, arguments: tuple[Tensor, ...]) -> Callable[..., Any] | None:
+    def _compile(self, graph: _Graph, arguments: tuple[Tensor, ...], wait: bool = True) -> None:
+        """Compile a graph, or wait for another process that does; not to wait: go on as before, and look later."""
         try:
-            with FileLock(file.with_suffix(".lock")):  # what another process compiles now need not be compiled here
-                run = _load(file)
-                if run is None:
-                    self._write(file, arguments)
-                    run = _load(file)
+            with FileLock(graph.file.with_suffix(".lock"), timeout=-1 if wait else 0):
+                graph.run = _load(graph.file)
+                if graph.run is None:
+                    self._write(graph.file, arguments)
+                    graph.run = _load(graph.file)
+        except Timeout:
+            graph.patience = PATIENCE // 16
         except (OSError, RuntimeError) as error:  # what torch and the C++ compiler raise
             _give_up(error)
-            return None
-        return run
 
     def _write(self, file: Path, arguments: tuple[Tensor, ...]) -> None:
         """Compile for arguments of these dtypes and fixed sizes, and any others. Loading the compiler takes seconds."""
-        _announce()
+        _announce(self.function)
         from torch._inductor import aoti_compile_and_package, list_options
         from torch._inductor.cpu_vec_isa import valid_vec_isa_list
         from torch.export import Dim, export
@@ -129,7 +131,7 @@ class Compiled:
         examples, dynamic = [], []
         for argument, names in zip(arguments, self.sizes, strict=True):
             sizes = [lengths.get(name, size) for name, size in zip(names, argument.shape, strict=True)]
-            examples.append(torch.zeros(sizes, dtype=argument.dtype))
+            examples.append(torch.zeros(sizes, dtype=argument.dtype, device="cpu"))
             dynamic.append({place: symbols[name] for place, name in enumerate(names) if name in symbols})
         partial = file.with_suffix(".partial.pt2")
         with warnings.catch_warnings():
@@ -147,12 +149,12 @@ class Compiled:
     @cached_property
     def _on_gpu(self) -> Callable[..., Any]:
         """The function as torch.compile makes it."""
+        _announce(self.function)
         from torch._dynamo.exc import TorchDynamoException  # also what the Triton compiler reports
 
         compiled = torch.compile(self.function, dynamic=True)
 
         def run(*arguments: Tensor) -> Any:
-            _announce()
             for argument, names in zip(arguments, self.sizes, strict=True):
                 for dimension in (number for number, name in enumerate(names) if name == "="):
                     torch._dynamo.mark_static(argument, dimension)
@@ -258,12 +260,10 @@ def at_once() -> Iterator[None]:
         _patient = before
 
 
-def _announce() -> None:
-    """Say, once a process, why a call takes longer."""
-    global _announced
-    if not _announced:
-        _announced = True
-        print("focuslib: compiling a kernel (seconds on first use, then kept on disk)", file=sys.stderr)
+def _announce(function: Callable[..., Any]) -> None:
+    """Say why a call takes longer."""
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    print(f"focuslib: compiling {name} (some ten seconds on first use, then kept on disk)", file=sys.stderr)
 
 
 def _give_up(error: Exception) -> None:
