@@ -151,6 +151,21 @@ def test_compiled_search_equals_exhaustive_search(case, scale, sizes):
         assert torch.equal(motion_search(tokens, reference, limit), exhaustive(tokens, reference, limit))
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_odd_values_match_alike_compiled_or_not():
+    tokens, reference = torch.randn(2, 80, 1280, generator=torch.Generator().manual_seed(0))
+    tokens[:, 600:] = reference[:, 600:] = 0
+    tokens[3] = reference[5]
+    tokens[3, 900] = torch.nan
+    tokens[4] = reference[6]
+    with pytest.MonkeyPatch.context() as patch, at_once():
+        patch.setattr(motion, "_SMALL", 1 << 24)
+        match = motion_search(tokens, reference, 50.0)
+        assert match[3] == INFORMATIVE and match[4] == 6
+        assert (motion_search(tokens[:3, :4], reference[:3, :4], 1e39) >= 0).all()
+    assert motion_search(tokens[:3], reference[:0], 50.0).tolist() == [INFORMATIVE] * 3
+
+
 @pytest.mark.parametrize("simplified", [False, True])
 def test_heads_are_searched_and_compensated_each_by_itself(simplified):
     generator = torch.Generator().manual_seed(0)

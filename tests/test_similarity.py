@@ -274,13 +274,29 @@ def test_later_processes_read_what_one_compiled(compiled_always, monkeypatch, tm
         return concentrate(x, positions, grid, threshold=0.85)
 
     first = concentrate_anew()
-    (file,) = tmp_path.glob("*.pt2")
+    (file,) = tmp_path.glob("*.so")
     written = file.stat().st_mtime_ns
     second = concentrate_anew()
     assert file.stat().st_mtime_ns == written and torch.equal(first.values, second.values)
-    file.write_bytes(file.read_bytes()[:1000])
-    third = concentrate_anew()  # made again
-    assert file.stat().st_mtime_ns != written and torch.equal(first.values, third.values)
+
+
+def test_what_cannot_be_compiled_or_loaded_is_said_once(monkeypatch, tmp_path):
+    x, positions, grid = video_like(frames=4, side=4, channels=96)
+    expected, tries = concentrate(x, positions, grid, threshold=0.85), []
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "_broken", False)
+    monkeypatch.setattr(similarity._matching, "_graphs", {})
+    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: tries.append(file.write_bytes(b"?")))
+    with at_once(), pytest.warns(UserWarning, match="cannot compile here .*cannot be loaded") as said:
+        found = [concentrate(x, positions, grid, threshold=0.85) for _ in range(3)]
+    assert len(tries) == len(said) == 1
+    assert all(torch.equal(one.values, expected.values) for one in found)
+
+
+def test_thresholds_beyond_float32():
+    x, positions, grid = video_like(frames=4, side=4, channels=96)
+    for threshold in (1e39, float("inf")):
+        assert (concentrate(x, positions, grid, threshold=threshold).codes == ITSELF).all()
 
 
 def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_path):
@@ -301,7 +317,9 @@ def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_pa
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process that compiles it
         concentrate_again()
     assert compilations == []
-    concentrate_again()
+    monkeypatch.setattr(compiled, "_broken", False)  # back to what it is after this test
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        concentrate_again()
     assert compilations == [4]
 
 
@@ -309,12 +327,15 @@ def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_pa
 @settings(max_examples=40, deadline=None)
 def test_small_and_large_inputs_take_ways_that_give_the_same_bits(seed):
     x, positions, grid, options = random_problem(seed)
+    x[x.abs() < 0.1] = -0.0
     small = concentrate(x, positions, grid, **options)
     with pytest.MonkeyPatch.context() as patch, uncompiled():
         patch.setattr(similarity, "LEAST_ENTRIES", 0)
+        patch.setattr(similarity, "_FEW_ENTRIES", 0)
         large = concentrate(x, positions, grid, **options)
     for a, b in ((small.values, large.values), (small.codes, large.codes), (small.similarity, large.similarity)):
         assert torch.equal(a, b)
+    assert torch.equal(small.values.signbit(), large.values.signbit())
 
 
 WITHOUT_COMPILER = """

@@ -4,17 +4,18 @@ On a CPU a function is compiled ahead of time and kept on disk, so that a later 
 loading the compiler. On a GPU torch.compile compiles it, and keeps what it makes in its own cache.
 """
 
-import inspect
+import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -102,7 +103,7 @@ class Compiled:
 
     def _known(self, key: Any) -> _Graph:
         """A graph that is read from disk if an earlier process left it there."""
-        file = _folder() / f"{digest([self.function.__name__, _environment(self.function), key])}.pt2"
+        file = _folder() / f"{digest([self.function.__name__, _environment(self.function), key])}.so"
         return _Graph(file, PATIENCE, _load(file))
 
     def _compile(self, graph: _Graph, arguments: tuple[Tensor, ...], wait: bool = True) -> None:
@@ -113,9 +114,11 @@ class Compiled:
                 if graph.run is None:
                     self._write(graph.file, arguments)
                     graph.run = _load(graph.file)
+                if graph.run is None:
+                    raise RuntimeError(f"{graph.file} cannot be loaded")
         except Timeout:
             graph.patience = PATIENCE // 16
-        except (OSError, RuntimeError) as error:  # what torch and the C++ compiler raise
+        except Exception as error:  # whatever torch, in any version, and the C++ compiler raise
             _give_up(error)
 
     def _write(self, file: Path, arguments: tuple[Tensor, ...]) -> None:
@@ -133,17 +136,22 @@ class Compiled:
             sizes = [lengths.get(name, size) for name, size in zip(names, argument.shape, strict=True)]
             examples.append(torch.zeros(sizes, dtype=argument.dtype, device="cpu"))
             dynamic.append({place: symbols[name] for place, name in enumerate(names) if name in symbols})
-        partial = file.with_suffix(".partial.pt2")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore", FutureWarning)  # torch's own of itself
             program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
-            known = list_options()
-            options = {name: value for name, value in _OPTIONS.items() if name in known}
+            package = Path(folder) / "package.pt2"
+            trusting, careful = ({k: v for k, v in o.items() if k in list_options()} for o in (_TRUSTING, _OPTIONS))
             try:
-                aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options | _TRUSTING)
+                aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful | trusting)
             except RuntimeError:  # an old compiler, say
                 valid_vec_isa_list.cache_clear()
-                aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
+                aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful)
+            with ZipFile(package) as archive:
+                (library,) = (name for name in archive.namelist() if name.endswith(".so"))
+                partial = file.with_suffix(".partial")
+                partial.write_bytes(archive.read(library))
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # to load half a library is to crash
         partial.replace(file)
 
     @cached_property
@@ -180,22 +188,21 @@ class _Function(torch.nn.Module):
 
 
 def _load(file: Path) -> Callable[..., Any] | None:
-    """What an earlier call, or process, has compiled, if any has. torch's public way takes a second of imports."""
+    """What an earlier call, or process, has compiled, if any has and it can be loaded here.
+
+    torch's public way takes a second of imports, and unpacks a file that a killed process leaves behind.
+    """
     if not file.exists():
         return None
     native: Any = torch._C  # whose types do not tell all it has
     try:
-        package = native._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-    except RuntimeError:  # not whole, say
-        file.unlink(missing_ok=True)
-        return None
-    except (AttributeError, TypeError) as error:  # a torch that has it in another place
-        _give_up(error)
+        call = native._aoti.AOTIModelContainerRunnerCpu(str(file), 1).run
+    except (RuntimeError, AttributeError, TypeError):  # the last two: of a torch that has it in another place
         return None
 
     def run(*arguments: Tensor) -> Any:
         # a graph is of contiguous arguments, and does not ask
-        results = package.boxed_run([argument.contiguous() for argument in arguments])
+        results = call([argument.contiguous() for argument in arguments])
         return results if len(results) > 1 else results[0]
 
     return run
@@ -203,20 +210,18 @@ def _load(file: Path) -> Callable[..., Any] | None:
 
 @cache
 def _folder() -> Path:
-    """Where compiled functions are kept: with the other caches, or with nothing else where that cannot be written."""
+    """Where compiled functions are kept: with the other caches; for this process alone where that cannot be written."""
     folder = cache_folder("compiled")
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except OSError:
-        return Path(mkdtemp(prefix="focus-"))
+    return folder if os.access(folder, os.W_OK) else Path(mkdtemp(prefix="focus-"))
 
 
 @cache
 def _environment(function: Callable[..., Any]) -> list[str]:
     """What the code made of a function hangs on, its arguments aside: its source, torch, and the processor."""
-    sources = [inspect.getsource(sys.modules[module]) for module in (function.__module__, __name__)]
-    return [*sources, torch.__version__, platform.machine(), *_instructions()]
+    files = [str(sys.modules[module].__file__) for module in (function.__module__, __name__)]
+    return [*(str(Path(file).read_bytes()) for file in files), torch.__version__, platform.machine(), *_instructions()]
 
 
 def _instructions() -> list[str]:
@@ -236,6 +241,11 @@ _OPTIONS = {
 }
 # torch tries out, for seconds, whether the compiler knows the processor's instructions; nearly every one does
 _TRUSTING = {"cpp.vec_isa_ok": True}
+
+
+def scalar(value: float, like: Tensor) -> Tensor:
+    """A number as a compiled function takes it, [] float32: infinite if it is beyond that."""
+    return torch.tensor(value, dtype=torch.float64, device=like.device).float()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focuslib.kernels.compiled import Compiled
+from focuslib.kernels.compiled import Compiled, scalar
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
 ZEROED = -2  # match of a token that the padded, all-zero I-frame of a tail interval replaces
@@ -52,13 +52,16 @@ def motion_search(tokens: Tensor, reference: Tensor, limit: float) -> Tensor:
     each searched by itself: [H, N, D], [H, P, D].
     Returns [N] or [H, N] int64: 0 … P − 1, or INFORMATIVE.
 
-    Extra memory: a working set of a few MiB, or of [N, P] where that is more. Fast where most distances are far above
+    Extra memory: a working set of a few MiB, or of [N, P] where that is more; a copy of tokens that are not contiguous
+    or not float32. Fast where most distances are far above
     `limit` or the best one; where all are nearly equal, every one has to be computed.
     """
     if tokens.dim() == 2:
         return motion_search(tokens[None], reference[None], limit)[0]
+    if reference.shape[1] == 0:
+        return torch.full(tokens.shape[:2], INFORMATIVE, device=tokens.device)
     differences = tokens.numel() * reference.shape[1]
-    if differences > _SMALL and len(tokens) > 1:  # small heads together, large ones one by one
+    if differences > _SMALL and len(tokens) > 1:  # heads together only if all of them are small
         heads = zip(tokens.split(1), reference.split(1), strict=True)
         return torch.cat([motion_search(*head, limit) for head in heads])
     few = differences <= _FEW or tokens.shape[2] <= _NARROW
@@ -219,7 +222,7 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
         used = _used(rows, reference)
-    match, sure = compiled(rows[..., :used], reference[..., :used], rows.new_full((), limit))
+    match, sure = compiled(rows[..., :used], reference[..., :used], scalar(limit, rows))
     unsure = torch.nonzero(~sure)  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
         row = unsure[unsure[:, 0] == head, 1]
@@ -236,7 +239,8 @@ def _used(*rows: Tensor) -> int:
     """Channels after which all rows are zero; a causal attention matrix has such. They add nothing to a distance."""
     if any(x[..., -1].any() for x in rows):
         return rows[0].shape[-1]
-    nonzero = torch.stack([(x.amax((0, 1)) > 0) | (x.amin((0, 1)) < 0) for x in rows]).any(0).nonzero()
+    zero = torch.stack([(x.amax((0, 1)) <= 0) & (x.amin((0, 1)) >= 0) for x in rows]).all(0)  # NaN is not
+    nonzero = (~zero).nonzero()
     return max(2, int(nonzero[-1]) + 1) if len(nonzero) else 2
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focuslib.grid import Grid
-from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled
+from focuslib.kernels.compiled import LEAST_ENTRIES, Compiled, scalar
 
 ITSELF = 0  # code of a vector that no candidate is similar enough to
 ZERO = 255  # code of a vector whose entries are all zero
@@ -21,6 +21,7 @@ MAX_CANDIDATES = 254
 
 _LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
 _COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
+_FEW_ENTRIES = 1 << 17  # up to which the number of operations costs more than moving the entries
 _PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
 
 
@@ -147,7 +148,7 @@ def _best_candidates(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshol
         none = torch.zeros_like(inverse_norm)
         return none, none.to(torch.uint8), torch.arange(none.numel(), device=none.device)
     matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
-    return matching(split, inverse_norm, rows, inverse_norm.new_full((), threshold))
+    return matching(split, inverse_norm, rows, scalar(threshold, inverse_norm))
 
 
 def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +158,7 @@ def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor)
     """
     tokens, vectors, _ = split.shape
     compiling = torch.compiler.is_compiling()
-    # all candidates at once spare small operations, one after the other they spare memory
+    # as it is written, all candidates at once spare small operations, and one after the other they spare memory
     candidates = rows[:, 1:]
     passes = (candidates,) if compiling or split.numel() < LEAST_ENTRIES else candidates.split(1, 1)
     inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
@@ -212,8 +213,8 @@ def _replace_by_means(vectors: Tensor, root: Tensor, codes: Tensor, settled: boo
     settled: no leader follows another. Where doubling ended early one may: then it is no member of its own group.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
-    if vectors.numel() < LEAST_ENTRIES:  # fewer operations, more traffic; the sums are added in the same order
-        total = torch.zeros_like(vectors, dtype=wide)
+    if vectors.numel() < _FEW_ENTRIES:  # fewer operations, more traffic; the sums are added in the same order
+        total = torch.full_like(vectors, -0.0, dtype=wide)  # plus x is x, also if that is -0
         _add_rows(total, root, vectors.clone() if vectors.requires_grad else vectors)  # autograd keeps what is added
         size = torch.bincount(root, minlength=len(root)).clamp_(min=1)
         vectors.copy_(total.div_(size[:, None]).index_select(0, root))
@@ -225,7 +226,7 @@ def _replace_by_means(vectors: Tensor, root: Tensor, codes: Tensor, settled: boo
     leaders = root.index_select(0, followers)  # [K]
     total = vectors if settled and vectors.dtype == wide else vectors.to(wide, copy=True)
     if not settled:
-        total.index_fill_(0, followers, 0)
+        total.index_fill_(0, followers, -0.0)
     pieces = list(_pieces(followers, leaders))
     for members, into in pieces:
         _add_rows(total, into, vectors.index_select(0, members))
