@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -82,15 +83,16 @@ def empty(engine, count: int) -> None:
     print(f"{type(engine).__name__}: {done} empty shards in {seconds:.1f} s, driver at most {peak:.0f} MiB", flush=True)
 
 
-def speed(engines: dict[int, object], size: int, limit: int) -> None:
-    """One cell on one worker and on two, all of them warm."""
+def speed(make, size: int, limit: int, repeats: int) -> None:
+    """One cell on one worker and on two, all of them warm, in turns: a machine's speed changes by the minute."""
     cell = make_cell(
         "accuracy", model="tiny_onevision", dataset="tinyvideo_motion", method="focus", limit=limit, device="cpu",
         dtype="float32", seed=0,
     )  # fmt: skip
     identity, questions = cell.identity(), questions_of(cell)
-    walls = {}
-    for count, engine in engines.items():
+    walls: dict[int, list[float]] = {1: [], 2: []}
+    for count in [1, 2] * repeats:
+        engine = make(count, OneCore)
         with engine:
             list(engine.run(Queue(split(cell, questions[: 2 * count], (), 2, None, identity))))
             shards = split(cell, questions, (), size, None, identity)
@@ -98,14 +100,15 @@ def speed(engines: dict[int, object], size: int, limit: int) -> None:
             for _, message in engine.run(Queue(shards)):
                 answers += isinstance(message, Answer)
                 inside += message.about["seconds"] if isinstance(message, Report) else 0
-            walls[count] = time.perf_counter() - start
-        name, wall = type(engine).__name__, walls[count]
+            wall = time.perf_counter() - start
+        walls[count].append(wall)
         print(
-            f"{name}, {count} workers: {answers} questions in {len(shards)} shards, {wall:.1f} s; {inside:.1f} s of it "
-            f"answering, so that {100 * (count * wall / inside - 1):.1f} % are not",
+            f"{type(engine).__name__}, {count} workers: {answers} questions in {len(shards)} shards, {wall:.1f} s; "
+            f"{inside:.1f} s of it answering, so that {100 * (count * wall / inside - 1):.1f} % are not",
             flush=True,
         )
-    print(f"two workers have {walls[1] / walls[2]:.2f} × the speed of one", flush=True)
+    one, two = (statistics.median(walls[count]) for count in (1, 2))
+    print(f"two workers have {one / two:.2f} × the speed of one (medians of {repeats})", flush=True)
 
 
 def faults(given: argparse.Namespace) -> None:
@@ -222,6 +225,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="empty shards")
     parser.add_argument("--shard", type=int, default=20, help="questions a shard, of speed")
     parser.add_argument("--limit", type=int, default=480, help="questions, of speed")
+    parser.add_argument("--repeats", type=int, default=3, help="of speed")
     parser.add_argument("--experiments", default="main,baselines,dse,int8,image", help="of faults")
     parser.add_argument("--changes", type=json.loads, default={}, help="of faults, such as '{\"limit\": 20}'")
     parser.add_argument("--steps", nargs="+", default=["local", "ray", "workers", "driver"], help="of faults")
@@ -243,7 +247,7 @@ def main() -> None:
         if given.what == "empty":
             empty(make(2, Idle), given.count)
         else:
-            speed({count: make(count, OneCore) for count in (1, 2)}, given.shard, given.limit)
+            speed(make, given.shard, given.limit, given.repeats)
     finally:
         if nodes:
             nodes.end()
