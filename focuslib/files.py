@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,26 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: a reader sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write it at once
-    try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with _whole(path, "w") as file:
+        json.dump(value, file, indent=1)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
+    with _whole(path, "wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def _whole(path: Path, mode: str) -> Iterator[Any]:
+    """A file to write to, that is on disk and in its place at the end of the block, or nowhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write it at once
     try:
-        partial.write_bytes(content)
+        with partial.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

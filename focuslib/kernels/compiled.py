@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from focuslib.files import digest
+from focuslib.files import digest, write_bytes
 from focuslib.paths import cache_folder
 
 # From this size on, a call is worth compiling for by itself. Half a million entries is a tenth of a short video in a
@@ -148,11 +148,7 @@ class Compiled:
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful)
             with ZipFile(package) as archive:
                 (library,) = (name for name in archive.namelist() if name.endswith(".so"))
-                partial = file.with_suffix(".partial")
-                partial.write_bytes(archive.read(library))
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # to load half a library is to crash
-        partial.replace(file)
+                write_bytes(file, archive.read(library))  # whole: to load half a library is to crash
 
     @cached_property
     def _on_gpu(self) -> Callable[..., Any]:

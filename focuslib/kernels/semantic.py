@@ -50,6 +50,32 @@ def causal_attention(queries: Tensor, keys: Tensor, scaling: float, out: Tensor 
     return matrix
 
 
+def attended_values(probabilities: Tensor, values: Tensor) -> Tensor:
+    """probabilities @ values, [T, T] and [T, d] → [T, d].
+
+    Of many rows some at a time, up to the last key that any of them sees: nearly half of a causal matrix is zero, also
+    where some rows were replaced by others.
+    """
+    rows, step = len(probabilities), max(_ROWS, len(probabilities) // 8)
+    if rows < 8 * _ROWS or probabilities.is_cuda or probabilities.requires_grad or values.requires_grad:
+        return probabilities @ values
+    out = values.new_empty((rows, values.shape[1]))
+    for first in range(0, rows, step):
+        some = probabilities[first : first + step]
+        end = first + len(some)
+        end += _used(some[:, end:])
+        torch.mm(some[:, :end], values[:end], out=out[first : first + step])
+    return out
+
+
+def _used(x: Tensor) -> int:
+    """Columns up to the last that is not all zero. x: [R, C]."""
+    if x.shape[1] == 0:
+        return 0
+    used = ((x.amax(0) != 0) | (x.amin(0) != 0)).nonzero()  # NaN is not 0
+    return int(used[-1]) + 1 if len(used) else 0
+
+
 def _scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Scaled products [H, R, T] float32 of queries [H, R, d] and keys [H_kv, T, d]."""
     heads, count, _ = queries.shape
