@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -84,31 +85,67 @@ def empty(engine, count: int) -> None:
 
 
 def speed(make, size: int, limit: int, repeats: int) -> None:
-    """One cell on one worker and on two, all of them warm, in turns: a machine's speed changes by the minute."""
+    """One cell on one worker and on two, all of them warm, in turns: a machine's speed changes by the minute.
+
+    And the same without an engine: two processes that know nothing of each other are as fast as two workers can be.
+    Cores may be threads of one, or share its cache.
+    """
     cell = make_cell(
         "accuracy", model="tiny_onevision", dataset="tinyvideo_motion", method="focus", limit=limit, device="cpu",
         dtype="float32", seed=0,
     )  # fmt: skip
     identity, questions = cell.identity(), questions_of(cell)
-    walls: dict[int, list[float]] = {1: [], 2: []}
+    shards = split(cell, questions, (), size, None, identity)
+    walls: dict[tuple[str, int], list[float]] = {}
     for count in [1, 2] * repeats:
+        warm = split(cell, questions[: 2 * count], (), 2, None, identity)
+        walls.setdefault(("no engine", count), []).append(_without_engine(count, warm, shards))
         engine = make(count, OneCore)
         with engine:
-            list(engine.run(Queue(split(cell, questions[: 2 * count], (), 2, None, identity))))
-            shards = split(cell, questions, (), size, None, identity)
+            list(engine.run(Queue(warm)))
             start, inside, answers = time.perf_counter(), 0.0, 0
             for _, message in engine.run(Queue(shards)):
                 answers += isinstance(message, Answer)
                 inside += message.about["seconds"] if isinstance(message, Report) else 0
             wall = time.perf_counter() - start
-        walls[count].append(wall)
+        assert answers == len(questions), f"{answers} of {len(questions)} answers; did the source change meanwhile?"
+        walls.setdefault((type(engine).__name__, count), []).append(wall)
         print(
             f"{type(engine).__name__}, {count} workers: {answers} questions in {len(shards)} shards, {wall:.1f} s; "
-            f"{inside:.1f} s of it answering, so that {100 * (count * wall / inside - 1):.1f} % are not",
+            f"{inside:.1f} s of it answering, so that {100 * (count * wall / inside - 1):.1f} % are not; "
+            f"without an engine {walls['no engine', count][-1]:.1f} s",
             flush=True,
         )
-    one, two = (statistics.median(walls[count]) for count in (1, 2))
-    print(f"two workers have {one / two:.2f} × the speed of one (medians of {repeats})", flush=True)
+    for name in sorted({name for name, _ in walls}):
+        one, two = (statistics.median(walls[name, count]) for count in (1, 2))
+        print(f"{name}: two have {one / two:.2f} × the speed of one (medians of {repeats})", flush=True)
+
+
+def _without_engine(count: int, warm: list[Shard], shards: list[Shard]) -> float:
+    """Seconds that processes take for the shards, dealt out beforehand."""
+    spawn = multiprocessing.get_context("spawn")
+    gate = spawn.Barrier(count + 1)
+    dealt = [(gate, warm[number : number + 1], shards[number::count]) for number in range(count)]
+    processes = [spawn.Process(target=_answer_alone, args=given) for given in dealt]
+    for process in processes:
+        process.start()
+    gate.wait()
+    start = time.perf_counter()
+    gate.wait()
+    seconds = time.perf_counter() - start
+    for process in processes:
+        process.join()
+    return seconds
+
+
+def _answer_alone(gate, warm: list[Shard], shards: list[Shard]) -> None:
+    worker = OneCore()
+    for shard in warm:
+        list(worker.answer(shard))
+    gate.wait()
+    for shard in shards:
+        list(worker.answer(shard))
+    gate.wait()
 
 
 def faults(given: argparse.Namespace) -> None:

@@ -238,6 +238,25 @@ def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
     assert any((a.codes != ITSELF).float().mean() > 0.3 for a in compiled)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_whole_tiles_on_their_own_give_what_all_rows_at_once_give(seed, monkeypatch):
+    """Also the gradients, and with rows that were looked up before."""
+    x, positions, grid, options = random_problem(seed)
+    options["m_tile"] = [1, 7, 16, 100][seed % 4]
+    looked_up = similarity.candidate_rows(positions, grid, 2, 2, options["m_tile"]) if x.any(1).all() else None
+    found = []
+    for least in (1 << 40, 1):
+        monkeypatch.setattr(similarity, "_LEAST_PART", least)
+        parts = similarity._parts(x, options["m_tile"])
+        assert len(parts) == (1 if least > 1 else -(-len(x) // options["m_tile"]))
+        y = x.clone().requires_grad_()
+        merged = concentrate(y, positions, grid, **options, rows=looked_up)
+        weight = torch.arange(x.shape[1], dtype=x.dtype)
+        (merged.values * weight).sum().backward()
+        found.append((merged.values.detach(), merged.codes, merged.similarity, y.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @needs_compiler
 def test_token_counts_are_not_compiled_one_by_one(compiled_always, monkeypatch):
     x, positions, grid = video_like(frames=16, side=6, channels=96)

@@ -22,6 +22,7 @@ MAX_CANDIDATES = 254
 _LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
 _COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
 _FEW_ENTRIES = 1 << 17  # up to which the number of operations costs more than moving the entries
+_LEAST_PART = 1 << 21  # entries merged at a time: what is known of many more does not stay in the caches
 _PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
 
 
@@ -85,14 +86,29 @@ def concentrate(
         rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
     zero: Any = None if full else norm == 0
     inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
-    best, codes, pointer = _best_candidates(narrow, inverse_norm, rows, threshold)
-    root, settled = _resolve(pointer, grid.num_frames if max_doublings is None else max_doublings)
-    _replace_by_means(split.view(-1, vector_size), root, codes, settled)
+    doublings = grid.num_frames if max_doublings is None else max_doublings
+    parts = []
+    for part in _parts(x, m_tile if full else None):
+        own = rows if part.stop - part.start == tokens else (rows[part] - part.start).clamp_(max=part.stop - part.start)
+        best, codes, pointer = _best_candidates(narrow[part], inverse_norm[part], own, threshold)
+        root, settled = _resolve(pointer, doublings)
+        _replace_by_means(split[part].view(-1, vector_size), root, codes, settled)
+        parts.append((best, codes))
+    best, codes = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     if not full:
         codes.masked_fill_(zero, ZERO)
     if values.shape[1] != channels:
         values = values[:, :channels]
     return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
+
+
+def _parts(x: Tensor, m_tile: int | None) -> list[slice]:
+    """The rows of x [T, D] in parts of whole tiles, none of which has to do with another; on a CPU small ones."""
+    tokens, channels = x.shape
+    if x.is_cuda or m_tile is None or m_tile == -1:
+        return [slice(0, tokens)]
+    step = m_tile * -(-_LEAST_PART // (m_tile * channels))
+    return [slice(first, min(first + step, tokens)) for first in range(0, max(1, tokens), step)]
 
 
 def candidate_rows(
