@@ -1,13 +1,12 @@
 """CMC against vectors of the published implementation, and its search against the exhaustive one."""
 
-import os
-import shutil
 import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import needs_compiler
 
 from focuslib.errors import UserError
 from focuslib.grid import VisualGrid
@@ -132,7 +131,7 @@ def test_search_equals_exhaustive_search_on_attention_rows(seed, channels, sprea
     assert torch.equal(motion_search(rows[20:], rows[:20], limit), exhaustive(rows[20:], rows[:20], limit))
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@needs_compiler
 @settings(max_examples=100, deadline=None)
 @given(
     case=searches(),
@@ -151,7 +150,7 @@ def test_compiled_search_equals_exhaustive_search(case, scale, sizes):
         assert torch.equal(motion_search(tokens, reference, limit), exhaustive(tokens, reference, limit))
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@needs_compiler
 def test_odd_values_match_alike_compiled_or_not():
     tokens, reference = torch.randn(2, 80, 1280, generator=torch.Generator().manual_seed(0))
     tokens[:, 600:] = reference[:, 600:] = 0

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import needs_compiler
 
 from focuslib.grid import VisualGrid
 from focuslib.kernels import compiled, similarity
@@ -191,9 +191,6 @@ def test_no_tokens_left():
     assert merged.values.shape == (0, 64)
 
 
-needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-
-
 @pytest.fixture
 def compiled_always():
     """Compile whatever the size, and say nothing: what cannot be compiled is an error."""
@@ -214,7 +211,9 @@ def random_problem(seed):
     positions = np.flatnonzero(rng.random(grid.length) < rng.choice([0.3, 0.7, 1.0]))
     x = torch.from_numpy(x[positions]).to([torch.float32, torch.bfloat16][seed % 2])
     if seed % 5 == 0:
-        x[len(x) // 2 :: 7] = 0
+        x[len(x) // 2 :: 7] = 0  # whole tokens
+    if seed % 5 == 1:
+        x[::3, :vector_size] = x[1::7, vector_size : 2 * vector_size] = 0  # vectors
     options = {
         "threshold": float(rng.choice([0.5, 0.8, 0.9])),
         "m_tile": int(rng.choice([-1, 16, 100])),
@@ -255,6 +254,18 @@ def test_whole_tiles_on_their_own_give_what_all_rows_at_once_give(seed, monkeypa
         (merged.values * weight).sum().backward()
         found.append((merged.values.detach(), merged.codes, merged.similarity, y.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_of_zeros_are_found_as_by_all_norms(dtype):
+    """Also where squares are too small for float32, so that a norm is 0."""
+    entries = torch.tensor([0.0, 0.0, 1e-30, -1e-23, 1e-19, 1e-18, -1e-17, 6e-8, 1.0, torch.nan])
+    picked = torch.randint(0, len(entries), (2000, 2, 2), generator=torch.Generator().manual_seed(0))
+    split = entries.to(dtype)[picked].float() if dtype == torch.float64 else entries.to(dtype)[picked]
+    nonzero = similarity._norm(split).any(1)
+    assert 0 < nonzero.sum() < len(split)
+    assert torch.equal(similarity._nonzero_tokens(split), nonzero)
+    assert similarity._nonzero_tokens(split[nonzero]) is None
 
 
 @needs_compiler

@@ -23,6 +23,7 @@ _LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
 _COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
 _FEW_ENTRIES = 1 << 17  # up to which the number of operations costs more than moving the entries
 _LEAST_PART = 1 << 21  # entries merged at a time: what is known of many more does not stay in the caches
+_LEAST = 1e-18  # from here on the norm of a vector that holds such an entry is not 0
 _PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
 
 
@@ -80,26 +81,39 @@ def concentrate(
     split = values.view(tokens, vectors, vector_size)
     # which vectors are similar has no gradient; what they become has
     narrow = split.detach() if split.dtype != torch.float64 else split.detach().float()
-    norm = torch.linalg.vector_norm(narrow, dim=-1, dtype=torch.float32)  # [T, V]
-    full = bool(norm.all())
-    if rows is None or not full:
-        rows = candidate_rows(positions, grid, frame_block, block, m_tile, None if full else norm.any(1))
-    zero: Any = None if full else norm == 0
-    inverse_norm = norm.reciprocal_() if full else norm.reciprocal_().masked_fill_(zero, 0.0)
+    nonzero = _nonzero_tokens(narrow)
+    if rows is None or nonzero is not None:
+        rows = candidate_rows(positions, grid, frame_block, block, m_tile, nonzero)
     doublings = grid.num_frames if max_doublings is None else max_doublings
     parts = []
-    for part in _parts(x, m_tile if full else None):
+    for part in _parts(x, m_tile if nonzero is None else None):
         own = rows if part.stop - part.start == tokens else (rows[part] - part.start).clamp_(max=part.stop - part.start)
-        best, codes, pointer = _best_candidates(narrow[part], inverse_norm[part], own, threshold)
+        norm = _norm(narrow[part])  # [T, V]
+        zero: Any = None if norm.all() else norm == 0
+        inverse_norm = norm.reciprocal_() if zero is None else norm.reciprocal_().masked_fill_(zero, 0.0)
+        best, codes, pointer = _best_candidates(narrow[part], inverse_norm, own, threshold)
         root, settled = _resolve(pointer, doublings)
         _replace_by_means(split[part].view(-1, vector_size), root, codes, settled)
-        parts.append((best, codes))
+        parts.append((best, codes if zero is None else codes.masked_fill_(zero, ZERO)))
     best, codes = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    if not full:
-        codes.masked_fill_(zero, ZERO)
     if values.shape[1] != channels:
         values = values[:, :channels]
     return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
+
+
+def _norm(split: Tensor) -> Tensor:
+    """The norm of each vector, [..., V] float32; that of entries whose squares are too small for float32 is 0."""
+    return torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32)
+
+
+def _nonzero_tokens(split: Tensor) -> Tensor | None:
+    """Which tokens have a vector that is not zero, [T]; None: all. Looks at whole tokens only where they begin so."""
+    begin = split[:, 0, 0].abs() <= _LEAST  # in float16 that is 0; NaN is not zero
+    if not begin.any():
+        return None
+    nonzero = ~begin
+    nonzero[begin] = _norm(split[begin]).any(1)
+    return None if nonzero.all() else nonzero
 
 
 def _parts(x: Tensor, m_tile: int | None) -> list[slice]:
