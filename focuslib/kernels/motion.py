@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focuslib.kernels.columns import used_columns
 from focuslib.kernels.compiled import Compiled, scalar
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
@@ -221,7 +222,7 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
         return _nearest(_all_distances(rows, reference), limit)
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
-        used = _used(rows, reference)
+        used = max(2, used_columns(rows, reference))  # a causal attention matrix has others; a graph takes two
     match, sure = compiled(rows[..., :used], reference[..., :used], scalar(limit, rows))
     unsure = torch.nonzero(~sure)  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
@@ -233,15 +234,6 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
 def _compiled(rows: Tensor, reference: Tensor) -> Callable[..., Any] | None:
     """`_decided` as it is compiled for such rows, if it is."""
     return _compiled_decided.ready(rows, reference, rows.new_zeros(()))
-
-
-def _used(*rows: Tensor) -> int:
-    """Channels after which all rows are zero; a causal attention matrix has such. They add nothing to a distance."""
-    if any(x[..., -1].any() for x in rows):
-        return rows[0].shape[-1]
-    zero = torch.stack([(x.amax((0, 1)) <= 0) & (x.amin((0, 1)) >= 0) for x in rows]).all(0)  # NaN is not
-    nonzero = (~zero).nonzero()
-    return max(2, int(nonzero[-1]) + 1) if len(nonzero) else 2
 
 
 def _nearest(distance: Tensor, limit: float) -> Tensor:

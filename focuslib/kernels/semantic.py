@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
+from focuslib.kernels.columns import used_columns
 
 # Score of a key that is not seen; not −inf: a row of padding sees nothing, and its NaN would spread.
 _HIDDEN = torch.finfo(torch.float32).min
@@ -63,17 +64,9 @@ def attended_values(probabilities: Tensor, values: Tensor) -> Tensor:
     for first in range(0, rows, step):
         some = probabilities[first : first + step]
         end = first + len(some)
-        end += _used(some[:, end:])
+        end += used_columns(some[:, end:])
         torch.mm(some[:, :end], values[:end], out=out[first : first + step])
     return out
-
-
-def _used(x: Tensor) -> int:
-    """Columns up to the last that is not all zero. x: [R, C]."""
-    if x.shape[1] == 0:
-        return 0
-    used = ((x.amax(0) != 0) | (x.amin(0) != 0)).nonzero()  # NaN is not 0
-    return int(used[-1]) + 1 if len(used) else 0
 
 
 def _scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
