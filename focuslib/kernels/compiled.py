@@ -140,7 +140,8 @@ class Compiled:
             warnings.simplefilter("ignore", FutureWarning)  # torch's own of itself
             program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
             package = Path(folder) / "package.pt2"
-            trusting, careful = ({k: v for k, v in o.items() if k in list_options()} for o in (_TRUSTING, _OPTIONS))
+            known = list_options()  # of this torch
+            trusting, careful = ({k: v for k, v in o.items() if k in known} for o in (_TRUSTING, _OPTIONS))
             try:
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful | trusting)
             except RuntimeError:  # an old compiler, say
