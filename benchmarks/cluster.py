@@ -122,30 +122,34 @@ def speed(make, size: int, limit: int, repeats: int) -> None:
 
 
 def _without_engine(count: int, warm: list[Shard], shards: list[Shard]) -> float:
-    """Seconds that processes take for the shards, dealt out beforehand."""
+    """Seconds that processes take for the shards, dealt out beforehand. EOFError if one of them ends early."""
     spawn = multiprocessing.get_context("spawn")
-    gate = spawn.Barrier(count + 1)
-    dealt = [(gate, warm[number : number + 1], shards[number::count]) for number in range(count)]
-    processes = [spawn.Process(target=_answer_alone, args=given) for given in dealt]
-    for process in processes:
-        process.start()
-    gate.wait()
+    pipes = []
+    for number in range(count):
+        here, there = spawn.Pipe()
+        dealt = there, warm[number : number + 1], shards[number::count]
+        spawn.Process(target=_answer_alone, args=dealt, daemon=True).start()
+        there.close()  # so that the end of the process is the end of the pipe
+        pipes.append(here)
+    for pipe in pipes:
+        pipe.recv()
     start = time.perf_counter()
-    gate.wait()
-    seconds = time.perf_counter() - start
-    for process in processes:
-        process.join()
-    return seconds
+    for pipe in pipes:
+        pipe.send("go")
+    for pipe in pipes:
+        pipe.recv()
+    return time.perf_counter() - start
 
 
-def _answer_alone(gate, warm: list[Shard], shards: list[Shard]) -> None:
+def _answer_alone(pipe, warm: list[Shard], shards: list[Shard]) -> None:
     worker = OneCore()
     for shard in warm:
         list(worker.answer(shard))
-    gate.wait()
+    pipe.send("warm")
+    pipe.recv()
     for shard in shards:
         list(worker.answer(shard))
-    gate.wait()
+    pipe.send("done")
 
 
 def faults(given: argparse.Namespace) -> None:
