@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.container import InputContainer
 from av.error import FFmpegError
 from PIL import Image, ImageFile, ImageOps
@@ -202,6 +203,13 @@ def _video_stream(container: InputContainer) -> av.VideoStream:
     return stream
 
 
+def _decoded(stream: av.VideoStream) -> av.VideoStream:
+    """A stream that is decoded by as many threads as torch has, of which a worker among several has its share."""
+    stream.codec_context.thread_count = torch.get_num_threads()
+    stream.thread_type = "AUTO"
+    return stream
+
+
 def _list_packets(path: Path) -> _Packets:
     times: list[int] = []
     key_times: list[int] = []
@@ -243,8 +251,7 @@ def _decode_seeking(path: Path, packets: _Packets, wanted: list[int]) -> dict[in
         return None
     frames: dict[int, np.ndarray] = {}
     with av.open(str(path)) as container:
-        stream = _video_stream(container)
-        stream.thread_type = "AUTO"
+        stream = _decoded(_video_stream(container))
         decoder: Iterator[av.VideoFrame] = container.decode(stream)
         position = packets.times[0]  # display time of the frame that the decoder gives next, or an earlier one
         for index in wanted:
@@ -265,8 +272,7 @@ def _decode_all(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
     """Frame number → pixels of the wanted frames, decoding from the start to the last of them."""
     frames = {}
     with av.open(str(path)) as container:
-        stream = _video_stream(container)
-        stream.thread_type = "AUTO"
+        stream = _decoded(_video_stream(container))
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
                 frames[index] = _upright(frame)
