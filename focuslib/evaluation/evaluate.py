@@ -88,12 +88,13 @@ def whole_groups(limit: int | None, dataset: Dataset) -> int | None:
 
 def _score(model: Any, name: str, dataset: Dataset, limit: int | None, seed: int) -> Evaluation:
     """Have lmms-eval ask a model of its (see lmms.py) and score what it answers. name: the adapter's."""
+    import lmms_eval.api.task
     from lmms_eval import evaluator
 
     from focuslib.evaluation.lmms import load_tasks, without_bars
 
     manager, tasks = load_tasks(dataset, name)
-    with TemporaryDirectory() as submissions, no_unanswered_calls(), without_bars(evaluator):
+    with TemporaryDirectory() as submissions, no_unanswered_calls(), without_bars(evaluator, lmms_eval.api.task):
         outcome = evaluator.simple_evaluate(
             model=model,
             tasks=tasks,

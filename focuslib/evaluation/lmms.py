@@ -293,14 +293,16 @@ def requests(dataset: Dataset, model_name: str, limit: int | None) -> list[Insta
 
 
 @contextmanager
-def without_bars(module: Any) -> Iterator[None]:
-    """Keep the bars of one of lmms-eval's modules off the screen: they are of no model's work."""
-    shown = module.tqdm
-    module.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
+def without_bars(*modules: Any) -> Iterator[None]:
+    """Keep the bars of some of lmms-eval's modules off the screen: they are of no model's work."""
+    shown = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = lambda *args, **options: tqdm(*args, **{**options, "disable": True})
     try:
         yield
     finally:
-        module.tqdm = shown
+        for module, own in zip(modules, shown, strict=True):
+            module.tqdm = own
 
 
 def _leaves(tasks: dict) -> Iterator[Task]:
