@@ -13,8 +13,8 @@ import pytest
 
 from focuslib.experiments import runner
 from focuslib.experiments.cell import Cell, make_cell
-from focuslib.experiments.engine import Queue
-from focuslib.experiments.local import LocalEngine
+from focuslib.experiments.engine import Fault, Queue, Report
+from focuslib.experiments.local import UNBORN, LocalEngine
 from focuslib.experiments.runner import run_cells
 from focuslib.experiments.shards import Shard
 from focuslib.experiments.worker import Worker
@@ -52,6 +52,25 @@ class DiesOfNeedle(Worker):
         return super().answer(shard)
 
 
+class Bars:
+    """Work that says whether it would show bars."""
+
+    def answer(self, shard):
+        from tqdm import tqdm
+
+        yield Report({"hidden": tqdm(()).disable})
+
+
+class Stillborn(Bars):
+    """Work that fails to begin, or only the first times: each leaves a mark in a file."""
+
+    def __init__(self, file: Path, times: int):
+        with file.open("a") as marks:
+            marks.write("x")
+        if len(file.read_text()) <= times:
+            raise ImportError("no such package here")
+
+
 def wait_for(condition, seconds: float = 600) -> None:
     deadline = time.time() + seconds
     while not condition():
@@ -64,6 +83,30 @@ def is_running(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_workers_show_no_bars_and_leave_the_drivers(before, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if before:
+        monkeypatch.setenv("TQDM_DISABLE", before)
+    with LocalEngine(1, Bars) as engine:
+        reports = [message for _, message in engine.run(Queue([shard_of("")]))]
+    assert [report.about for report in reports] == [{"hidden": True}] and os.environ.get("TQDM_DISABLE") == before
+
+
+def test_workers_that_never_begin_are_given_up_in_a_line(tmp_path):
+    with LocalEngine(2, partial(Stillborn, tmp_path / "marks", 1000)) as engine:
+        answered = list(engine.run(Queue([shard_of("a"), shard_of("b"), shard_of("c")])))
+        assert engine.workers == 0 and set(engine.refused) == {UNBORN}
+    assert [shard.cell.checkpoint for shard, _ in answered] == ["a", "b", "c"]
+    assert {message for _, message in answered} == {Fault(UNBORN, again=False)}
+    assert len((tmp_path / "marks").read_text()) == 6
+
+
+def test_a_worker_that_begins_late_costs_no_shard_a_fault(tmp_path):
+    with LocalEngine(1, partial(Stillborn, tmp_path / "marks", 2)) as engine:
+        assert [type(message) for _, message in engine.run(Queue([shard_of("a"), shard_of("b")]))] == [Report, Report]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

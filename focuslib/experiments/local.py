@@ -7,7 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from threading import Thread
@@ -18,6 +18,11 @@ from focuslib.experiments.engine import AHEAD, DIED, Fault, Message, Queue, Refu
 from focuslib.experiments.shards import Model, Shard
 from focuslib.experiments.worker import Worker
 
+UNBORN = (
+    "worker processes end before they begin (their errors are above); a script that starts some runs under "
+    "`if __name__ == '__main__':`"
+)
+_STARTS = 3  # of one worker, none of which gets as far as to take a shard, before it is given up
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and CUDA forbids it
 
 
@@ -46,7 +51,7 @@ class LocalEngine:
     def run(self, queue: Queue) -> Iterator[tuple[Shard, Message]]:
         """See engine.Engine."""
         while True:
-            for hand in self._hands:
+            for hand in list(self._hands):
                 self._feed(hand, queue)
             busy = {hand.connection: hand for hand in self._hands if hand.given}
             if not busy:
@@ -66,7 +71,7 @@ class LocalEngine:
             except OSError:  # it has died; the end of its connection will say so
                 queue.put(shard, first=True)
                 if not hand.given:
-                    hand.restart()
+                    self._renew(hand)
                 return
             hand.holds = shard.model
             hand.given.append(shard)
@@ -78,11 +83,15 @@ class LocalEngine:
         try:
             message = hand.connection.recv()
         except (EOFError, OSError):
-            message = Fault(DIED, again=True)
-            hand.given.popleft()
+            message = Fault(DIED, again=True) if hand.began else None  # else no shard is to blame
+            if message:
+                hand.given.popleft()
             self._take_back(hand, queue)
-            hand.restart()
+            self._renew(hand)
         else:
+            if message is None:
+                hand.began = True
+                return
             if isinstance(message, Refused):
                 self.refused.append(message.why)
                 self._take_back(hand, queue)
@@ -97,7 +106,18 @@ class LocalEngine:
                 self.running[hand.name] = hand.given[0]
             else:
                 self.running.pop(hand.name, None)
-        yield shard, message
+        if message:
+            yield shard, message
+
+    def _renew(self, hand: _Hand) -> None:
+        """Start a worker's process again; one that ends again and again before it begins is given up."""
+        hand.lost = 0 if hand.began else hand.lost + 1
+        if hand.lost < _STARTS:
+            hand.restart()
+        else:
+            self.refused.append(UNBORN)
+            hand.stop()
+            self._hands.remove(hand)
 
     def _take_back(self, hand: _Hand, queue: Queue) -> None:
         queue.take_back(hand.given, hand.holds)
@@ -107,19 +127,26 @@ class LocalEngine:
 
 
 class _Hand:
-    """The driver's end of a worker process. given: its shards, the one it is at first."""
+    """The driver's end of a worker process.
+
+    given: its shards, the one it is at first. began: whether it has said that it takes shards. lost: how many processes
+    one after another have not come so far.
+    """
 
     def __init__(self, number: int, count: int, make: Callable[[], Work]):
         self.number, self.count, self.make = number, count, make
         self.name = f"worker {number}"
         self.given: deque[Shard] = deque()
         self.holds: Model | None = None
+        self.lost = 0
         self.start()
 
     def start(self) -> None:
+        self.began = False
         self.connection, theirs = _SPAWN.Pipe()
         self.process = _SPAWN.Process(target=_serve, args=(theirs, self.number, self.count, self.make), daemon=True)
-        self.process.start()
+        with _quiet():
+            self.process.start()
         theirs.close()  # else the end of the process would not end the connection
 
     def stop(self, at_once: bool = True) -> None:
@@ -134,18 +161,32 @@ class _Hand:
         self.start()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A process started here shows no bars, progress is the driver's: tqdm reads this when it is imported."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
 def _serve(connection: Connection, number: int, count: int, make: Callable[[], Work]) -> None:
     """A worker process: answers the shards that come, until its parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the driver's, which ends the workers
     parent = multiprocessing.parent_process()
     if parent is not None:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.environ["TQDM_DISABLE"] = "1"  # progress is the driver's
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     work = make()
-    with suppress(EOFError):  # the driver needs it no longer
+    with suppress(EOFError, BrokenPipeError):  # the driver needs it no longer
+        connection.send(None)  # it has begun
         while True:
             for message in messages(work, connection.recv()):
                 connection.send(message)
