@@ -83,31 +83,32 @@ class LocalEngine:
         try:
             message = hand.connection.recv()
         except (EOFError, OSError):
-            message = Fault(DIED, again=True) if hand.began else None  # else no shard is to blame
-            if message:
-                hand.given.popleft()
+            yield from self._lost(hand, queue)
+            return
+        if message is None:
+            hand.began = True
+            return
+        if isinstance(message, Refused):
+            self.refused.append(message.why)
             self._take_back(hand, queue)
-            self._renew(hand)
-        else:
-            if message is None:
-                hand.began = True
-                return
-            if isinstance(message, Refused):
-                self.refused.append(message.why)
-                self._take_back(hand, queue)
-                hand.stop()
-                self._hands.remove(hand)
-                return
-            if not isinstance(message, Report | Fault):
-                yield shard, message
-                return
+            hand.stop()
+            self._hands.remove(hand)
+            return
+        if isinstance(message, Report | Fault):
             hand.given.popleft()
             if hand.given:
                 self.running[hand.name] = hand.given[0]
             else:
                 self.running.pop(hand.name, None)
-        if message:
-            yield shard, message
+        yield shard, message
+
+    def _lost(self, hand: _Hand, queue: Queue) -> Iterator[tuple[Shard, Message]]:
+        """A process has ended. If it had begun, the shard it was at may be why; the others wait again."""
+        at = hand.given.popleft() if hand.began else None
+        self._take_back(hand, queue)
+        self._renew(hand)
+        if at is not None:
+            yield at, Fault(DIED, again=True)
 
     def _renew(self, hand: _Hand) -> None:
         """Start a worker's process again; one that ends again and again before it begins is given up."""
