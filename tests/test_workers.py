@@ -14,7 +14,7 @@ import pytest
 from focuslib.experiments import runner
 from focuslib.experiments.cell import Cell, make_cell
 from focuslib.experiments.engine import Fault, Queue, Report
-from focuslib.experiments.local import UNBORN, LocalEngine
+from focuslib.experiments.local import LocalEngine
 from focuslib.experiments.runner import run_cells
 from focuslib.experiments.shards import Shard
 from focuslib.experiments.worker import Worker
@@ -98,9 +98,10 @@ def test_workers_show_no_bars_and_leave_the_drivers(before, monkeypatch):
 def test_workers_that_never_begin_are_given_up_in_a_line(tmp_path):
     with LocalEngine(2, partial(Stillborn, tmp_path / "marks", 1000)) as engine:
         answered = list(engine.run(Queue([shard_of("a"), shard_of("b"), shard_of("c")])))
-        assert engine.workers == 0 and set(engine.refused) == {UNBORN}
+        assert engine.workers == 0 and len(engine.refused) == 2
     assert [shard.cell.checkpoint for shard, _ in answered] == ["a", "b", "c"]
-    assert {message for _, message in answered} == {Fault(UNBORN, again=False)}
+    assert {message for _, message in answered} == {Fault(engine.refused[0], again=False)}
+    assert "could not be started in 3 tries" in engine.refused[0] and "__main__" in engine.refused[0]
     assert len((tmp_path / "marks").read_text()) == 6
 
 

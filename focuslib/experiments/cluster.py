@@ -9,13 +9,25 @@ from typing import Any
 
 from focuslib.errors import UserError, needs_extra
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.engine import AHEAD, DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
+from focuslib.experiments.engine import (
+    AHEAD,
+    DIED,
+    STARTS,
+    Fault,
+    Message,
+    Queue,
+    Refused,
+    Report,
+    Work,
+    messages,
+    not_started,
+    refuse_rest,
+)
 from focuslib.experiments.identity import package_versions, source_digest
 from focuslib.experiments.shards import Model, Shard
 from focuslib.experiments.worker import Worker
 from focuslib.models.base import Needs
 
-STARTS = 3  # of a worker, one after another, before it is given up
 PAUSE = 1.0  # seconds after which to look whether a node has come
 
 
@@ -104,7 +116,7 @@ class RayEngine:
             self._take_back(hand, queue, lost[1:])
             if not hand.restart():
                 self._hands.remove(hand)
-                self.refused.append(f"a worker could not be started ({_first_line(error)})")
+                self.refused.append(not_started(_first_line(error)))
             if lost:
                 yield lost[0], Fault(f"{DIED} ({type(error).__name__})", again=True)
             return
@@ -132,9 +144,10 @@ class RayEngine:
 
 
 class _Hand:
-    """The driver's end of a worker. given: its shards with what they send, the one it is at first.
+    """The driver's end of a worker.
 
-    starting: the worker says here when it is there; None: it is.
+    given: its shards with what they send, the one it is at first. starting: the worker says here when it is there;
+    None: it is. starts: how often it was made and did not come; 0: it is there.
     """
 
     def __init__(self, ray: Any, needs: Needs, make: Callable[[], Work]):
@@ -180,7 +193,6 @@ class _Hand:
 
     def restart(self) -> bool:
         """Have Ray make the worker anew, here or on another node; returns False if that was in vain before."""
-        self.given.clear()
         if self.starts >= STARTS:
             return False
         self.start()

@@ -14,6 +14,7 @@ from focuslib.experiments.shards import Model, Shard, needs_of
 from focuslib.models.base import Needs
 
 AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
+STARTS = 3  # of a worker, one after another, before it is given up
 DIED = "its process died, perhaps for want of memory; run again, with fewer workers"
 
 
@@ -99,6 +100,11 @@ def messages(work: Work, shard: Shard) -> Iterator[Message]:
         yield Refused(str(error))
     except Exception as error:  # an unforeseen fault must not cost the other shards
         yield Fault(one_line(error), again=not isinstance(error, UserError))
+
+
+def not_started(why: str) -> str:
+    """Why a worker that does not come is given up."""
+    return f"a worker could not be started in {STARTS} tries ({why})"
 
 
 def refuse_rest(queue: Queue, refused: list[str]) -> Iterator[tuple[Shard, Message]]:

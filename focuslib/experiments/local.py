@@ -14,15 +14,24 @@ from threading import Thread
 
 import torch
 
-from focuslib.experiments.engine import AHEAD, DIED, Fault, Message, Queue, Refused, Report, Work, messages, refuse_rest
+from focuslib.experiments.engine import (
+    AHEAD,
+    DIED,
+    STARTS,
+    Fault,
+    Message,
+    Queue,
+    Refused,
+    Report,
+    Work,
+    messages,
+    not_started,
+    refuse_rest,
+)
 from focuslib.experiments.shards import Model, Shard
 from focuslib.experiments.worker import Worker
 
-UNBORN = (
-    "worker processes end before they begin (their errors are above); a script that starts some runs under "
-    "`if __name__ == '__main__':`"
-)
-_STARTS = 3  # of one worker, none of which gets as far as to take a shard, before it is given up
+_ENDS_FIRST = "its error is above; a script that starts workers runs under `if __name__ == '__main__':`"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and CUDA forbids it
 
 
@@ -86,7 +95,7 @@ class LocalEngine:
             yield from self._lost(hand, queue)
             return
         if message is None:
-            hand.began = True
+            hand.starts = 0
             return
         if isinstance(message, Refused):
             self.refused.append(message.why)
@@ -103,22 +112,18 @@ class LocalEngine:
         yield shard, message
 
     def _lost(self, hand: _Hand, queue: Queue) -> Iterator[tuple[Shard, Message]]:
-        """A process has ended. If it had begun, the shard it was at may be why; the others wait again."""
-        at = hand.given.popleft() if hand.began else None
+        """A process has ended. If it was there, the shard it was at may be why; the others wait again."""
+        at = None if hand.starts else hand.given.popleft()
         self._take_back(hand, queue)
         self._renew(hand)
         if at is not None:
             yield at, Fault(DIED, again=True)
 
     def _renew(self, hand: _Hand) -> None:
-        """Start a worker's process again; one that ends again and again before it begins is given up."""
-        hand.lost = 0 if hand.began else hand.lost + 1
-        if hand.lost < _STARTS:
-            hand.restart()
-        else:
-            self.refused.append(UNBORN)
-            hand.stop()
+        """Start a worker's process again, or give it up."""
+        if not hand.restart():
             self._hands.remove(hand)
+            self.refused.append(not_started(_ENDS_FIRST))
 
     def _take_back(self, hand: _Hand, queue: Queue) -> None:
         queue.take_back(hand.given, hand.holds)
@@ -130,8 +135,7 @@ class LocalEngine:
 class _Hand:
     """The driver's end of a worker process.
 
-    given: its shards, the one it is at first. began: whether it has said that it takes shards. lost: how many processes
-    one after another have not come so far.
+    given: its shards, the one it is at first. starts: how often it was made and did not come; 0: it is there.
     """
 
     def __init__(self, number: int, count: int, make: Callable[[], Work]):
@@ -139,11 +143,11 @@ class _Hand:
         self.name = f"worker {number}"
         self.given: deque[Shard] = deque()
         self.holds: Model | None = None
-        self.lost = 0
+        self.starts = 0
         self.start()
 
     def start(self) -> None:
-        self.began = False
+        self.starts += 1
         self.connection, theirs = _SPAWN.Pipe()
         self.process = _SPAWN.Process(target=_serve, args=(theirs, self.number, self.count, self.make), daemon=True)
         with _quiet():
@@ -157,9 +161,13 @@ class _Hand:
         self.connection.close()  # at which it ends
         self.process.join()
 
-    def restart(self) -> None:
+    def restart(self) -> bool:
+        """Start the process again; returns False if that was in vain before."""
         self.stop()
+        if self.starts >= STARTS:
+            return False
         self.start()
+        return True
 
 
 @contextmanager
@@ -187,7 +195,7 @@ def _serve(connection: Connection, number: int, count: int, make: Callable[[], W
         torch.cuda.set_device(number % torch.cuda.device_count())
     work = make()
     with suppress(EOFError, BrokenPipeError):  # the driver needs it no longer
-        connection.send(None)  # it has begun
+        connection.send(None)  # it is there
         while True:
             for message in messages(work, connection.recv()):
                 connection.send(message)
