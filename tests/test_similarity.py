@@ -237,6 +237,29 @@ def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
     assert any((a.codes != ITSELF).float().mean() > 0.3 for a in compiled)
 
 
+@needs_compiler
+@pytest.mark.parametrize("side", [2, 3])  # few candidates, looked at one by one, and many
+def test_candidates_apart_and_at_once_and_compiled_give_the_same(side, monkeypatch):
+    """Also where similarities are equal, or NaN, or infinite."""
+    grid = VisualGrid(0, 180, 5, 6, 6, 36, 6)
+    x = torch.randn(180, 64, generator=torch.Generator().manual_seed(0))
+    x[40:80] = x[:40]
+    x[100, 3], x[120, 40], x[140, 20] = torch.nan, torch.inf, -torch.inf
+    split = x.view(180, 4, 16)
+    inverse_norm = torch.cat([split.norm(dim=-1).reciprocal(), torch.zeros(1, 4)])
+    rows = similarity.candidate_rows(torch.arange(180), grid, side, side, -1)
+    with uncompiled(), torch.inference_mode():
+        at_once_ = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+        monkeypatch.setattr(similarity, "LEAST_ENTRIES", 1)
+        apart = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+    with at_once(), torch.inference_mode():
+        compiled_ = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+    assert at_once_[0].isnan().any() and (at_once_[1] > 0).any()
+    for found in (apart, compiled_):
+        for one, other in zip(found, at_once_, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_whole_tiles_on_their_own_give_what_all_rows_at_once_give(seed, monkeypatch):
     """Also the gradients, and with rows that were looked up before."""
@@ -262,9 +285,11 @@ def test_tokens_of_zeros_are_found_as_by_all_norms(dtype):
     entries = torch.tensor([0.0, 0.0, 1e-30, -1e-23, 1e-19, 1e-18, -1e-17, 6e-8, 1.0, torch.nan])
     picked = torch.randint(0, len(entries), (2000, 2, 2), generator=torch.Generator().manual_seed(0))
     split = entries.to(dtype)[picked].float() if dtype == torch.float64 else entries.to(dtype)[picked]
-    nonzero = similarity._norm(split).any(1)
+    norms = similarity._norms(split)
+    nonzero = norms[:-1].any(1)
     assert 0 < nonzero.sum() < len(split)
     assert torch.equal(similarity._nonzero_tokens(split), nonzero)
+    assert torch.equal(similarity._nonzero_tokens(split, norms), nonzero)
     assert similarity._nonzero_tokens(split[nonzero]) is None
 
 

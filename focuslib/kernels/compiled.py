@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -240,9 +240,11 @@ _OPTIONS = {
 _TRUSTING = {"cpp.vec_isa_ok": True}
 
 
-def scalar(value: float, like: Tensor) -> Tensor:
-    """A number as a compiled function takes it, [] float32: infinite if it is beyond that."""
-    return torch.tensor(value, dtype=torch.float64, device=like.device).float()
+@lru_cache
+@torch.inference_mode(False)  # autograd takes it too
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A number as a compiled function takes it, [] float32: infinite if it is beyond that. Not to be overwritten."""
+    return torch.tensor(value, dtype=torch.float64, device=device).float()
 
 
 @contextmanager

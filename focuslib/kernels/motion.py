@@ -223,7 +223,7 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
         used = max(2, used_columns(rows, reference))  # a causal attention matrix has others; a graph takes two
-    match, sure = compiled(rows[..., :used], reference[..., :used], scalar(limit, rows))
+    match, sure = compiled(rows[..., :used], reference[..., :used], scalar(limit, rows.device))
     unsure = torch.nonzero(~sure)  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
         row = unsure[unsure[:, 0] == head, 1]

@@ -21,6 +21,7 @@ MAX_CANDIDATES = 254
 
 _LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
 _COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
+_FEW_CANDIDATES = 16  # up to which compiled code looks at each apart, 1.7 to 2.6 times as fast; it grows with them
 _FEW_ENTRIES = 1 << 17  # up to which the number of operations costs more than moving the entries
 _LEAST_PART = 1 << 21  # entries merged at a time: what is known of many more does not stay in the caches
 _LEAST = 1e-18  # from here on the norm of a vector that holds such an entry is not 0
@@ -81,38 +82,56 @@ def concentrate(
     split = values.view(tokens, vectors, vector_size)
     # which vectors are similar has no gradient; what they become has
     narrow = split.detach() if split.dtype != torch.float64 else split.detach().float()
-    nonzero = _nonzero_tokens(narrow)
+    parts = _parts(x, m_tile)
+    norms = _norms(narrow) if len(parts) == 1 else None
+    nonzero = _nonzero_tokens(narrow, norms)
+    if nonzero is not None:
+        parts = [slice(0, tokens)]
     if rows is None or nonzero is not None:
         rows = candidate_rows(positions, grid, frame_block, block, m_tile, nonzero)
     doublings = grid.num_frames if max_doublings is None else max_doublings
-    parts = []
-    for part in _parts(x, m_tile if nonzero is None else None):
-        own = rows if part.stop - part.start == tokens else (rows[part] - part.start).clamp_(max=part.stop - part.start)
-        norm = _norm(narrow[part])  # [T, V]
+    done = []
+    for part in parts:
+        own = rows if len(parts) == 1 else (rows[part] - part.start).clamp_(max=part.stop - part.start)
+        inverse_norm = _norms(narrow[part]) if norms is None else norms  # [T + 1, V]
+        norm = inverse_norm[:-1]
         zero: Any = None if norm.all() else norm == 0
-        inverse_norm = norm.reciprocal_() if zero is None else norm.reciprocal_().masked_fill_(zero, 0.0)
+        norm.reciprocal_()
+        if zero is not None:
+            norm.masked_fill_(zero, 0.0)
         best, codes, pointer = _best_candidates(narrow[part], inverse_norm, own, threshold)
         root, settled = _resolve(pointer, doublings)
         _replace_by_means(split[part].view(-1, vector_size), root, codes, settled)
-        parts.append((best, codes if zero is None else codes.masked_fill_(zero, ZERO)))
-    best, codes = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        done.append((best, codes if zero is None else codes.masked_fill_(zero, ZERO)))
+    best, codes = done[0] if len(done) == 1 else map(torch.cat, zip(*done, strict=True))
     if values.shape[1] != channels:
         values = values[:, :channels]
     return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
 
 
-def _norm(split: Tensor) -> Tensor:
-    """The norm of each vector, [..., V] float32; that of entries whose squares are too small for float32 is 0."""
-    return torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32)
+def _norms(split: Tensor) -> Tensor:
+    """The norm of each vector of [T, V, n], and a row of zeros: [T + 1, V] float32.
+
+    That of entries whose squares are too small for float32 is 0.
+    """
+    norms = split.new_zeros((split.shape[0] + 1, split.shape[1]), dtype=torch.float32)
+    torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32, out=norms[:-1])
+    return norms
 
 
-def _nonzero_tokens(split: Tensor) -> Tensor | None:
-    """Which tokens have a vector that is not zero, [T]; None: all. Looks at whole tokens only where they begin so."""
-    begin = split[:, 0, 0].abs() <= _LEAST  # in float16 that is 0; NaN is not zero
-    if not begin.any():
-        return None
-    nonzero = ~begin
-    nonzero[begin] = _norm(split[begin]).any(1)
+def _nonzero_tokens(split: Tensor, norms: Tensor | None = None) -> Tensor | None:
+    """Which tokens have a vector that is not zero, [T]; None: all.
+
+    norms: as `_norms` gives them, if they are known; else whole tokens are looked at only where they begin with zero.
+    """
+    if norms is None:
+        begin = split[:, 0, 0].abs() <= _LEAST  # in float16 that is 0; NaN is not zero
+        if not begin.any():
+            return None
+        nonzero = ~begin
+        nonzero[begin] = _norms(split[begin])[:-1].any(1)
+    else:
+        nonzero = norms[:-1].any(1)
     return None if nonzero.all() else nonzero
 
 
@@ -171,14 +190,15 @@ def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
 def _best_candidates(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, ...]:
     """Each vector's best cosine similarity over its candidates and its code, [T, V] each, and what it points to.
 
-    The first candidate wins a tie. split: [T, V, n] contiguous. inverse_norm: [T, V], 0 for zero vectors.
+    The first candidate wins a tie. split: [T, V, n] contiguous. inverse_norm: [T + 1, V], 0 for zero vectors; the last
+    row is of no token, and 0.
     rows: [T, C + 1] as `candidate_rows` gives them. Vectors point to vectors, counted row by row: [T·V] int64.
     """
     if rows.shape[1] == 1:
-        none = torch.zeros_like(inverse_norm)
+        none = torch.zeros_like(inverse_norm[:-1])
         return none, none.to(torch.uint8), torch.arange(none.numel(), device=none.device)
     matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
-    return matching(split, inverse_norm, rows, scalar(threshold, inverse_norm))
+    return matching(split, inverse_norm, rows, scalar(threshold, inverse_norm.device))
 
 
 def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,29 +208,33 @@ def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor)
     """
     tokens, vectors, _ = split.shape
     compiling = torch.compiler.is_compiling()
-    # as it is written, all candidates at once spare small operations, and one after the other they spare memory
-    candidates = rows[:, 1:]
-    passes = (candidates,) if compiling or split.numel() < LEAST_ENTRIES else candidates.split(1, 1)
-    inverse_norm = F.pad(inverse_norm, (0, 0, 0, 1))  # [T + 1, V]
+    times = torch.mul if compiling else Tensor.mul_  # a graph would copy what it is told to overwrite
     lanes = split.transpose(1, 2).float()
     lanes = lanes if compiling else lanes.contiguous()  # [T, n, V]
-    own = lanes * inverse_norm[:-1, None]  # [T, n, V]
-    best: Any = None  # [T, V], as codes
-    codes: Any = None
-    first = 1
-    for several in passes:  # [T, k]
+    own = lanes * inverse_norm.index_select(0, rows[:, 0])[:, None]  # [T, n, V]
+
+    def similarity_to(several: Tensor) -> Tensor:  # [T, k] → [T, k, V]
         source = several.flatten()  # [T·k]
         other = lanes.index_select(0, source.clamp(max=tokens - 1)).unflatten(0, several.shape)  # [T, k, n, V]
         other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [T, k, V]
-        similarity, choice = _sum(other.mul_(own[:, None])).mul_(other_norm).max(1)  # [T, V]
-        if best is None:
-            best, codes = similarity.clamp_(min=0), (choice + first).to(torch.uint8)
-        else:
-            better = similarity > best
+        return times(_sum(times(other, own[:, None])), other_norm)
+
+    # compiled, a few candidates are looked at in one pass over the vectors; as it is written, all of them at once spare
+    # small operations, and one after the other they spare memory
+    count = rows.shape[1] - 1
+    if count <= _FEW_CANDIDATES if compiling else split.numel() >= LEAST_ENTRIES:
+        best = similarity_to(rows[:, 1:2]).squeeze(1)  # [T, V]
+        codes = torch.ones_like(best)
+        for number in range(2, count + 1):
+            similarity = similarity_to(rows[:, number : number + 1]).squeeze(1)
+            better = (similarity > best) | (similarity != similarity)  # as the maximum, it is NaN if one is
             best = torch.where(better, similarity, best)
-            codes = torch.where(better, (choice + first).to(torch.uint8), codes)
-        first += several.shape[1]
-    codes = codes * (best > threshold)  # ITSELF is 0
+            codes = torch.where(better, float(number), codes)
+    else:
+        best, choice = similarity_to(rows[:, 1:]).max(1)  # [T, V]
+        codes = choice + 1
+    best = best.clamp(min=0)
+    codes = (codes * (best > threshold)).to(torch.uint8)  # ITSELF is 0
     row = rows.gather(1, codes.long())  # [T, V]
     return best, codes, (row * vectors + torch.arange(vectors, device=rows.device)).flatten()
 
@@ -233,7 +257,7 @@ def _sum(lanes: Tensor) -> Tensor:
     return lanes.sum(-2) if compiling else lanes.squeeze(-2)
 
 
-_matching = Compiled(_match, "T V =", "T V", "T =", "")
+_matching = Compiled(_match, "T V =", "P V", "T =", "")
 
 
 def _replace_by_means(vectors: Tensor, root: Tensor, codes: Tensor, settled: bool) -> None:

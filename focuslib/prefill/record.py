@@ -229,7 +229,7 @@ class Prefill:
         self.record.block = block or self.record.block
         absent = self.grid.length - len(self.present)
         vectors = codes.shape[1]
-        zero = int((codes == ZERO).sum())
+        zero = int(torch.count_nonzero(codes == ZERO))
         while len(self.record.counts.layers) <= layer:
             self.record.counts.layers.append({})
         counts = self.record.counts.layers[layer][site] = SiteCounts(
