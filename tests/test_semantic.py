@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from focuslib.kernels.semantic import (
-    attended_values,
     attention_rows,
     causal_attention,
     most_important,
@@ -74,28 +73,3 @@ def test_causal_attention_equals_attention_rows(tokens):
         (full(q, keys, 0.25) * weight).sum().backward()
         gradients.append(q.grad)
     assert torch.allclose(*gradients, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [1, 500, 1024, 1030, 1500])
-@pytest.mark.parametrize("change", ["none", "replaced", "dense", "negative", "nan"])
-def test_attended_values_equal_the_product(tokens, change):
-    """Also where rows see later keys: replaced by later rows, of a matrix without a mask, of no probabilities."""
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.rand(tokens, tokens, generator=generator)
-    if change != "dense":
-        matrix = matrix.tril()
-    if change == "replaced":
-        matrix[: tokens // 4] = matrix[tokens // 3]
-    if change == "negative":
-        matrix[0, -1] = -1.0
-    if change == "nan":
-        matrix[0, -1] = torch.nan
-    values = torch.randn(tokens, 8, generator=generator)
-    expected, got = (matrix.double() @ values.double()).float(), attended_values(matrix, values)
-    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
-
-
-def test_attended_values_have_gradients():
-    matrix = torch.rand(1030, 1030, generator=torch.Generator().manual_seed(0)).tril().requires_grad_()
-    attended_values(matrix, torch.ones(1030, 2)).sum().backward()
-    assert torch.equal(matrix.grad, torch.full((1030, 1030), 2.0))

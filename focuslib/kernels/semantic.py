@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from focuslib.errors import UserError
-from focuslib.kernels.columns import used_columns
 
 # Score of a key that is not seen; not −inf: a row of padding sees nothing, and its NaN would spread.
 _HIDDEN = torch.finfo(torch.float32).min
@@ -49,24 +48,6 @@ def causal_attention(queries: Tensor, keys: Tensor, scaling: float, out: Tensor 
         matrix[:, first:last, :last] = _softmax(scores)
         matrix[:, first:last, last:] = 0
     return matrix
-
-
-def attended_values(probabilities: Tensor, values: Tensor) -> Tensor:
-    """probabilities @ values, [T, T] and [T, d] → [T, d].
-
-    Of many rows some at a time, up to the last key that any of them sees: nearly half of a causal matrix is zero, also
-    where some rows were replaced by others.
-    """
-    rows, step = len(probabilities), max(_ROWS, len(probabilities) // 8)
-    if rows < 8 * _ROWS or probabilities.is_cuda or probabilities.requires_grad or values.requires_grad:
-        return probabilities @ values
-    out = values.new_empty((rows, values.shape[1]))
-    for first in range(0, rows, step):
-        some = probabilities[first : first + step]
-        end = first + len(some)
-        end += used_columns(some[:, end:])
-        torch.mm(some[:, :end], values[:end], out=out[first : first + step])
-    return out
 
 
 def _scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from focuslib.errors import UserError
-from focuslib.kernels.semantic import attended_values, attention_rows, causal_attention
+from focuslib.kernels.semantic import attention_rows, causal_attention
 from focuslib.prefill.between import Between
 from focuslib.prefill.cache import follow
 from focuslib.prefill.decoder import decoder_shape, find_decoder
@@ -317,7 +317,7 @@ class _Patch:
                 matrices = attention_rows(q[some], k[kv], rows, scaling, mask if len(mask) == 1 else mask[some])
             for head, matrix in enumerate(matrices, first):
                 probabilities = self.method.on_probabilities(prefill, layer, head, _own(matrix))
-                out[0, :, head] = attended_values(probabilities.to(v.dtype), v[head // group])
+                out[0, :, head] = probabilities.to(v.dtype) @ v[head // group]
         return out
 
 
