@@ -170,6 +170,16 @@ def test_shards_are_a_partition_of_what_is_left(size, seconds, done):
         assert set(shard.questions) <= set(again[shard.number - 1].questions)
 
 
+def test_the_last_of_several_shards_is_taken_apart():
+    cell = shards_of("x", 1)[0].cell
+
+    def sizes(questions, size):
+        return [len(shard.questions) for shard in split(cell, [("a", n) for n in range(questions)], (), size, None, {})]
+
+    assert sizes(60, 20) == [20, 20, 10, 5, 5] and sizes(47, 20) == [20, 20, 5, 1, 1]
+    assert sizes(43, 20) == [20, 20, 3] and sizes(20, 20) == [20]
+
+
 @given(size=st.integers(1, 9), count=st.integers(1, 40))
 def test_questions_scored_together_stay_together(size, count):
     cell = replace(shards_of("x", 1)[0].cell, dataset="mme")

@@ -81,7 +81,8 @@ def split(
     """The shards of a cell that have a question left.
 
     Where a shard begins depends on the size alone, so that they are the same ones in a run that goes on. Questions that
-    are scored together are in one shard, and the questions of two tasks are not.
+    are scored together are in one shard, and the questions of two tasks are not. Of several the last is taken apart, so
+    that workers end at about the same time.
     size: questions a shard; None: about SECONDS of the expected seconds a question, or QUESTIONS.
     """
     together = DATASETS[cell.dataset].together
@@ -90,8 +91,17 @@ def split(
     for _, group in groupby(questions, lambda question: question[0]):
         task = list(group)
         blocks += [task[start : start + size] for start in range(0, len(task), size)]
+    if len(blocks) > 1:
+        blocks[-1:] = _taken_apart(blocks[-1], together)
     left = [tuple(question for question in block if question not in answered) for block in blocks]
     return [Shard(cell, number, len(blocks), block, identity, seconds) for number, block in enumerate(left, 1) if block]
+
+
+def _taken_apart(block: list[Question], together: int) -> list[list[Question]]:
+    """About a half and two quarters of a block."""
+    quarter = len(block) // (4 * together) * together
+    pieces = [block[: len(block) - 2 * quarter], block[len(block) - 2 * quarter : len(block) - quarter]]
+    return [*pieces, block[len(block) - quarter :]] if quarter else [block]
 
 
 def shard_size(seconds: float | None) -> int:
