@@ -1,4 +1,4 @@
-"""Columns that are all zero: half of a causal attention matrix is, and they add nothing to a product or a distance."""
+"""Columns that are all zero: half of a causal attention matrix is, and they add nothing to a distance."""
 
 from torch import Tensor
 
