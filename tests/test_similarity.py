@@ -223,7 +223,9 @@ def random_problem(seed):
 
 
 @needs_compiler
-def test_compiled_equals_uncompiled_bit_for_bit(compiled_always):
+@pytest.mark.parametrize("least", [compiled.LEAST_ENTRIES, 1])  # in one graph, and in parts
+def test_compiled_equals_uncompiled_bit_for_bit(compiled_always, monkeypatch, least):
+    monkeypatch.setattr(similarity, "LEAST_ENTRIES", least)
     problems = [random_problem(seed) for seed in range(100)]
     with torch.inference_mode():
         compiled = [concentrate(x, positions, grid, **options) for x, positions, grid, options in problems]
@@ -246,14 +248,13 @@ def test_candidates_apart_and_at_once_and_compiled_give_the_same(side, monkeypat
     x[40:80] = x[:40]
     x[100, 3], x[120, 40], x[140, 20] = torch.nan, torch.inf, -torch.inf
     split = x.view(180, 4, 16)
-    inverse_norm = torch.cat([split.norm(dim=-1).reciprocal(), torch.zeros(1, 4)])
     rows = similarity.candidate_rows(torch.arange(180), grid, side, side, -1)
     with uncompiled(), torch.inference_mode():
-        at_once_ = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+        at_once_ = similarity._best_candidates(split, rows, 0.3)
         monkeypatch.setattr(similarity, "LEAST_ENTRIES", 1)
-        apart = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+        apart = similarity._best_candidates(split, rows, 0.3)
     with at_once(), torch.inference_mode():
-        compiled_ = similarity._best_candidates(split, inverse_norm, rows, 0.3)
+        compiled_ = similarity._best_candidates(split, rows, 0.3)
     assert at_once_[0].isnan().any() and (at_once_[1] > 0).any()
     for found in (apart, compiled_):
         for one, other in zip(found, at_once_, strict=True):
@@ -285,11 +286,9 @@ def test_tokens_of_zeros_are_found_as_by_all_norms(dtype):
     entries = torch.tensor([0.0, 0.0, 1e-30, -1e-23, 1e-19, 1e-18, -1e-17, 6e-8, 1.0, torch.nan])
     picked = torch.randint(0, len(entries), (2000, 2, 2), generator=torch.Generator().manual_seed(0))
     split = entries.to(dtype)[picked].float() if dtype == torch.float64 else entries.to(dtype)[picked]
-    norms = similarity._norms(split)
-    nonzero = norms[:-1].any(1)
+    nonzero = similarity._squares(split.transpose(1, 2).float()).any(1)
     assert 0 < nonzero.sum() < len(split)
     assert torch.equal(similarity._nonzero_tokens(split), nonzero)
-    assert torch.equal(similarity._nonzero_tokens(split, norms), nonzero)
     assert similarity._nonzero_tokens(split[nonzero]) is None
 
 
@@ -297,7 +296,7 @@ def test_tokens_of_zeros_are_found_as_by_all_norms(dtype):
 def test_token_counts_are_not_compiled_one_by_one(compiled_always, monkeypatch):
     x, positions, grid = video_like(frames=16, side=6, channels=96)
     graphs = {}
-    monkeypatch.setattr(similarity._matching, "_graphs", graphs)
+    monkeypatch.setattr(similarity._merging, "_graphs", graphs)
     with torch.inference_mode():
         for count in range(40, 520, 16):  # 30 token counts, two widths
             for width in (96, 64):
@@ -325,7 +324,7 @@ def test_later_processes_read_what_one_compiled(compiled_always, monkeypatch, tm
     x, positions, grid = video_like(frames=4, side=4, channels=96)
 
     def concentrate_anew():
-        monkeypatch.setattr(similarity._matching, "_graphs", {})  # what a process has in memory
+        monkeypatch.setattr(similarity._merging, "_graphs", {})  # what a process has in memory
         return concentrate(x, positions, grid, threshold=0.85)
 
     first = concentrate_anew()
@@ -340,8 +339,8 @@ def test_what_cannot_be_compiled_or_loaded_is_said_once(monkeypatch, tmp_path):
     expected, tries = concentrate(x, positions, grid, threshold=0.85), []
     monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
     monkeypatch.setattr(compiled, "_broken", False)
-    monkeypatch.setattr(similarity._matching, "_graphs", {})
-    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: tries.append(file.write_bytes(b"?")))
+    monkeypatch.setattr(similarity._merging, "_graphs", {})
+    monkeypatch.setattr(similarity._merging, "_write", lambda file, arguments: tries.append(file.write_bytes(b"?")))
     with at_once(), pytest.warns(UserWarning, match="cannot compile here .*cannot be loaded") as said:
         found = [concentrate(x, positions, grid, threshold=0.85) for _ in range(3)]
     assert len(tries) == len(said) == 1
@@ -359,15 +358,15 @@ def test_small_calls_are_compiled_once_they_have_cost_enough(monkeypatch, tmp_pa
     calls, compilations = [], []
     monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
     monkeypatch.setattr(compiled, "PATIENCE", 3 * x.numel())
-    monkeypatch.setattr(similarity._matching, "_graphs", {})
-    monkeypatch.setattr(similarity._matching, "_write", lambda file, arguments: compilations.append(len(calls)))
+    monkeypatch.setattr(similarity._merging, "_graphs", {})
+    monkeypatch.setattr(similarity._merging, "_write", lambda file, arguments: compilations.append(len(calls)))
 
     def concentrate_again():
         calls.append(concentrate(x, positions, grid, threshold=0.85))
 
     for _ in range(3):
         concentrate_again()
-    (graph,) = similarity._matching._graphs.values()
+    (graph,) = similarity._merging._graphs.values()
     with graph.file.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process that compiles it
         concentrate_again()
@@ -386,7 +385,6 @@ def test_small_and_large_inputs_take_ways_that_give_the_same_bits(seed):
     small = concentrate(x, positions, grid, **options)
     with pytest.MonkeyPatch.context() as patch, uncompiled():
         patch.setattr(similarity, "LEAST_ENTRIES", 0)
-        patch.setattr(similarity, "_FEW_ENTRIES", 0)
         large = concentrate(x, positions, grid, **options)
     for a, b in ((small.values, large.values), (small.codes, large.codes), (small.similarity, large.similarity)):
         assert torch.equal(a, b)

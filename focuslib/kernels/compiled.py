@@ -60,14 +60,22 @@ class Compiled:
     Sizes may change from call to call without compiling anew, but for those that are fixed.
     """
 
-    def __init__(self, function: Callable[..., Any], *sizes: str, work: Callable[..., int] = _entries):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *sizes: str,
+        work: Callable[..., int] = _entries,
+        one_thread: bool = False,
+    ):
         """sizes: for each argument the names of its dimensions, a name of its own, or "=" if it is fixed.
 
-        work: how many entries some arguments are worth.
+        work: how many entries some arguments are worth. one_thread: on a CPU, whatever the number of threads, for small
+        inputs and for sums by index, that then keep their order.
         """
         self.function = function
         self.sizes = [dimensions.split() for dimensions in sizes]
         self.work = work
+        self.one_thread = one_thread
         self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
@@ -141,7 +149,8 @@ class Compiled:
             program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
             package = Path(folder) / "package.pt2"
             known = list_options()  # of this torch
-            trusting, careful = ({k: v for k, v in o.items() if k in known} for o in (_TRUSTING, _OPTIONS))
+            options = _OPTIONS | (_ONE_THREAD if self.one_thread else {})
+            trusting, careful = ({k: v for k, v in o.items() if k in known} for o in (_TRUSTING, options))
             try:
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful | trusting)
             except RuntimeError:  # an old compiler, say
@@ -236,6 +245,7 @@ _OPTIONS = {
     "assert_indirect_indexing": False,  # the rows that are gathered were made by `candidate_rows`
     "aot_inductor.precompile_headers": False,  # which pays from the third kernel on only
 }
+_ONE_THREAD = {"cpp.dynamic_threads": False, "cpp.threads": 1}
 # torch tries out, for seconds, whether the compiler knows the processor's instructions; nearly every one does
 _TRUSTING = {"cpp.vec_isa_ok": True}
 

@@ -5,8 +5,8 @@ Paper: Focus (HPCA 2026), block-level and vector-level similarity concentration.
 Shapes: T present visual tokens of D channels, that are V vectors of n channels; C candidates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ MAX_CANDIDATES = 254
 _LANES = 16  # entries that compiled code adds in a tree, as `_sum` does
 _COMPILED_SIZES = (8, 16, 32, 64, 128)  # vector sizes whose sums compiled code forms in that order
 _FEW_CANDIDATES = 16  # up to which compiled code looks at each apart, 1.7 to 2.6 times as fast; it grows with them
-_FEW_ENTRIES = 1 << 17  # up to which the number of operations costs more than moving the entries
+_DOUBLINGS = 7  # pointer-doubling steps in a graph, which reach over 128 pointers
 _LEAST_PART = 1 << 21  # entries merged at a time: what is known of many more does not stay in the caches
 _LEAST = 1e-18  # from here on the norm of a vector that holds such an entry is not 0
 _PART = 1 << 16  # vectors moved at a time: fresh memory costs more than moving them
@@ -35,11 +35,14 @@ class Concentrated:
     values: [T, D], dtype of the input; members of a group replaced by the group's mean.
     codes: [T, V] uint8: ITSELF, ZERO, or k for a vector that follows its k-th candidate (1-based).
     similarity: [T, V] float32 best cosine similarity over the candidates, 0 where there is none.
+    zero, similar: how many vectors are zero, and how many follow a candidate.
     """
 
     values: Tensor
     codes: Tensor
     similarity: Tensor
+    zero: int
+    similar: int
 
 
 def num_vectors(channels: int, vector_size: int) -> int:
@@ -77,61 +80,84 @@ def concentrate(
     values = x
     if channels % vector_size:
         values = F.pad(x, (0, vectors * vector_size - channels))
-    elif not (overwrite and x.is_contiguous()):
-        values = x.clone(memory_format=torch.contiguous_format)
-    split = values.view(tokens, vectors, vector_size)
+    doublings = grid.num_frames if max_doublings is None else max_doublings
+
+    def rows_of(nonzero: Tensor | None) -> Tensor:
+        if rows is None or nonzero is not None:
+            return candidate_rows(positions, grid, frame_block, block, m_tile, nonzero)
+        return rows
+
+    merged = None
+    if x.numel() < LEAST_ENTRIES and not x.requires_grad:
+        merged = _few(values.reshape(tokens, vectors, vector_size), rows_of(None), threshold, doublings, m_tile)
+    if merged is None:
+        if values is x and not (overwrite and x.is_contiguous()):
+            values = x.clone(memory_format=torch.contiguous_format)
+        split = values.view(tokens, vectors, vector_size)
+        merged = _many(split, rows_of, threshold, doublings, _parts(x, m_tile))
+    values, codes, best, zero, similar = merged
+    values = values.view(tokens, vectors * vector_size)[:, :channels]
+    if overwrite:
+        values = x if values.data_ptr() == x.data_ptr() else x.copy_(values)
+    return Concentrated(values, codes, best, zero, similar)
+
+
+def _few(
+    split: Tensor, rows: Tensor, threshold: float, doublings: int, m_tile: int | None
+) -> tuple[Tensor, Tensor, Tensor, int, int] | None:
+    """All at once what `_many` does in parts, with few operations: values [T·V, n], the rest of what is concentrated.
+
+    None where that is more than one graph does: tokens that are zero and shift the tiles, and long chains of pointers.
+    """
+    device = split.device
+    merging = _merging if split.shape[2] in _COMPILED_SIZES else _merge
+    values, codes, best, facts = merging(split, rows, scalar(threshold, device), scalar(doublings, device))
+    settled, zero, similar = facts.tolist()
+    tiled = m_tile is not None and m_tile != -1
+    shifted = tiled and zero >= split.shape[1] and bool((codes == ZERO).all(1).any())
+    return None if shifted or not settled else (values, codes, best, zero, similar)
+
+
+def _many(
+    split: Tensor, rows_of: Callable[[Tensor | None], Tensor], threshold: float, doublings: int, parts: list[slice]
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Merge the vectors of split [T, V, n], in place, in parts of whole tiles: what `_few` returns.
+
+    rows_of: the candidates' rows, given which tokens are not zero, None: all.
+    """
     # which vectors are similar has no gradient; what they become has
     narrow = split.detach() if split.dtype != torch.float64 else split.detach().float()
-    parts = _parts(x, m_tile)
-    norms = _norms(narrow) if len(parts) == 1 else None
-    nonzero = _nonzero_tokens(narrow, norms)
+    nonzero = _nonzero_tokens(narrow)
+    rows = rows_of(nonzero)
     if nonzero is not None:
-        parts = [slice(0, tokens)]
-    if rows is None or nonzero is not None:
-        rows = candidate_rows(positions, grid, frame_block, block, m_tile, nonzero)
-    doublings = grid.num_frames if max_doublings is None else max_doublings
+        parts = [slice(0, len(split))]
     done = []
     for part in parts:
         own = rows if len(parts) == 1 else (rows[part] - part.start).clamp_(max=part.stop - part.start)
-        inverse_norm = _norms(narrow[part]) if norms is None else norms  # [T + 1, V]
-        norm = inverse_norm[:-1]
-        zero: Any = None if norm.all() else norm == 0
-        norm.reciprocal_()
-        if zero is not None:
-            norm.masked_fill_(zero, 0.0)
-        best, codes, pointer = _best_candidates(narrow[part], inverse_norm, own, threshold)
+        best, codes, pointer = _best_candidates(narrow[part], own, threshold)
         root, settled = _resolve(pointer, doublings)
-        _replace_by_means(split[part].view(-1, vector_size), root, codes, settled)
-        done.append((best, codes if zero is None else codes.masked_fill_(zero, ZERO)))
-    best, codes = done[0] if len(done) == 1 else map(torch.cat, zip(*done, strict=True))
-    if values.shape[1] != channels:
-        values = values[:, :channels]
-    return Concentrated(x.copy_(values) if overwrite and values is not x else values, codes, best)
+        _replace_by_means(split[part].view(-1, split.shape[2]), root, settled)
+        done.append((codes, best))
+    codes, best = done[0] if len(done) == 1 else map(torch.cat, zip(*done, strict=True))
+    return split, codes, best, *count_codes(codes)
 
 
-def _norms(split: Tensor) -> Tensor:
-    """The norm of each vector of [T, V, n], and a row of zeros: [T + 1, V] float32.
+def count_codes(codes: Tensor) -> tuple[int, int]:
+    """How many of some codes are ZERO, and how many neither that nor ITSELF."""
+    zero = int(torch.count_nonzero(codes == ZERO))
+    return zero, int(torch.count_nonzero(codes)) - zero  # ITSELF is 0
 
-    That of entries whose squares are too small for float32 is 0.
+
+def _nonzero_tokens(split: Tensor) -> Tensor | None:
+    """Which tokens of [T, V, n] have a vector that is not zero, [T]; None: all.
+
+    Whole tokens are looked at only where they begin with zero.
     """
-    norms = split.new_zeros((split.shape[0] + 1, split.shape[1]), dtype=torch.float32)
-    torch.linalg.vector_norm(split, dim=-1, dtype=torch.float32, out=norms[:-1])
-    return norms
-
-
-def _nonzero_tokens(split: Tensor, norms: Tensor | None = None) -> Tensor | None:
-    """Which tokens have a vector that is not zero, [T]; None: all.
-
-    norms: as `_norms` gives them, if they are known; else whole tokens are looked at only where they begin with zero.
-    """
-    if norms is None:
-        begin = split[:, 0, 0].abs() <= _LEAST  # in float16 that is 0; NaN is not zero
-        if not begin.any():
-            return None
-        nonzero = ~begin
-        nonzero[begin] = _norms(split[begin])[:-1].any(1)
-    else:
-        nonzero = norms[:-1].any(1)
+    begin = split[:, 0, 0].abs() <= _LEAST  # in float16 that is 0; NaN is not zero
+    if not begin.any():
+        return None
+    nonzero = ~begin
+    nonzero[begin] = _squares(split[begin].transpose(1, 2).float()).any(1)
     return None if nonzero.all() else nonzero
 
 
@@ -187,42 +213,43 @@ def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
     return pointer, False
 
 
-def _best_candidates(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, ...]:
+def _best_candidates(split: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_match`, compiled where that is worth it. threshold: a number."""
+    matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
+    return matching(split, rows, scalar(threshold, split.device))
+
+
+def _match(split: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each vector's best cosine similarity over its candidates and its code, [T, V] each, and what it points to.
 
-    The first candidate wins a tie. split: [T, V, n] contiguous. inverse_norm: [T + 1, V], 0 for zero vectors; the last
-    row is of no token, and 0.
-    rows: [T, C + 1] as `candidate_rows` gives them. Vectors point to vectors, counted row by row: [T·V] int64.
-    """
-    if rows.shape[1] == 1:
-        none = torch.zeros_like(inverse_norm[:-1])
-        return none, none.to(torch.uint8), torch.arange(none.numel(), device=none.device)
-    matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
-    return matching(split, inverse_norm, rows, scalar(threshold, inverse_norm.device))
-
-
-def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_best_candidates`, threshold: [].
-
-    A missing candidate counts as a zero vector: similarity 0, never above a threshold, so it is never chosen.
+    The first candidate wins a tie. A missing candidate counts as a zero vector: similarity 0, never above a threshold,
+    so it is never chosen.
+    split: [T, V, n]. rows: [T, C + 1] as `candidate_rows` gives them. threshold: [].
+    Vectors point to vectors, counted row by row: [T·V] int64.
     """
     tokens, vectors, _ = split.shape
     compiling = torch.compiler.is_compiling()
     times = torch.mul if compiling else Tensor.mul_  # a graph would copy what it is told to overwrite
     lanes = split.transpose(1, 2).float()
     lanes = lanes if compiling else lanes.contiguous()  # [T, n, V]
-    own = lanes * inverse_norm.index_select(0, rows[:, 0])[:, None]  # [T, n, V]
+    squares = _squares(lanes)  # [T, V]
+    zero = squares == 0
+    inverse = torch.where(zero, 0.0, squares.rsqrt())  # `sqrt` may go to a library that rounds in its own way
+    own = lanes * inverse[:, None]  # [T, n, V]
+    inverse = torch.cat([inverse, inverse.new_zeros(1, vectors)])  # [T + 1, V]: of no token, 0
 
     def similarity_to(several: Tensor) -> Tensor:  # [T, k] → [T, k, V]
         source = several.flatten()  # [T·k]
         other = lanes.index_select(0, source.clamp(max=tokens - 1)).unflatten(0, several.shape)  # [T, k, n, V]
-        other_norm = inverse_norm.index_select(0, source).unflatten(0, several.shape)  # [T, k, V]
-        return times(_sum(times(other, own[:, None])), other_norm)
+        other_inverse = inverse.index_select(0, source).unflatten(0, several.shape)  # [T, k, V]
+        return times(_sum(times(other, own[:, None])), other_inverse)
 
     # compiled, a few candidates are looked at in one pass over the vectors; as it is written, all of them at once spare
     # small operations, and one after the other they spare memory
     count = rows.shape[1] - 1
-    if count <= _FEW_CANDIDATES if compiling else split.numel() >= LEAST_ENTRIES:
+    if count == 0:
+        best, codes = torch.zeros_like(squares), torch.zeros_like(squares)
+    elif count <= _FEW_CANDIDATES if compiling else split.numel() >= LEAST_ENTRIES:
         best = similarity_to(rows[:, 1:2]).squeeze(1)  # [T, V]
         codes = torch.ones_like(best)
         for number in range(2, count + 1):
@@ -234,9 +261,15 @@ def _match(split: Tensor, inverse_norm: Tensor, rows: Tensor, threshold: Tensor)
         best, choice = similarity_to(rows[:, 1:]).max(1)  # [T, V]
         codes = choice + 1
     best = best.clamp(min=0)
-    codes = (codes * (best > threshold)).to(torch.uint8)  # ITSELF is 0
+    codes = codes * (best > threshold)  # ITSELF is 0
     row = rows.gather(1, codes.long())  # [T, V]
-    return best, codes, (row * vectors + torch.arange(vectors, device=rows.device)).flatten()
+    pointer = (row * vectors + torch.arange(vectors, device=rows.device)).flatten()
+    return best, torch.where(zero, float(ZERO), codes).to(torch.uint8), pointer
+
+
+def _squares(lanes: Tensor) -> Tensor:
+    """The squared norms of vectors [T, n, V] float32, [T, V]; 0 also where squares are too small for float32."""
+    return _sum(lanes * lanes)
 
 
 def _sum(lanes: Tensor) -> Tensor:
@@ -257,23 +290,44 @@ def _sum(lanes: Tensor) -> Tensor:
     return lanes.sum(-2) if compiling else lanes.squeeze(-2)
 
 
-_matching = Compiled(_match, "T V =", "P V", "T =", "")
+def _merge(split: Tensor, rows: Tensor, threshold: Tensor, doublings: Tensor) -> tuple[Tensor, ...]:
+    """All of SIC in one graph of one thread: values [T·V, n], codes and similarities [T, V], and facts, [3] int64.
+
+    The facts: whether the pointers were followed as far as they are to be, how many vectors are zero, and how many
+    follow a candidate.
+    split, rows, threshold: as `_match`. doublings: [].
+    """
+    best, codes, pointer = _match(split, rows, threshold)
+    if torch.compiler.is_compiling():
+        for step in range(_DOUBLINGS):
+            following = torch.where(step < doublings, pointer.gather(0, pointer), pointer)
+            pointer = following.as_strided(pointer.shape, (1,))  # in memory, or each step would follow all before it
+        settled = ((pointer.gather(0, pointer) == pointer) | (doublings <= _DOUBLINGS)).all()
+    else:
+        pointer = resolve_pointers(pointer, int(doublings))
+        settled = torch.ones_like(doublings)
+    vectors = split.reshape(-1, split.shape[2])
+    total = torch.full_like(vectors, -0.0, dtype=torch.promote_types(vectors.dtype, torch.float32))  # plus x is x
+    _add_rows(total, pointer, vectors)
+    size = total.new_zeros(total.shape[0])
+    _add_rows(size, pointer, torch.ones_like(size))
+    mean = (total / size.clamp(min=1)[:, None]).index_select(0, pointer).to(split.dtype)
+    zero, similar = (codes == ZERO).sum(), ((codes != ITSELF) & (codes != ZERO)).sum()
+    return mean, codes, best, torch.stack([settled.long(), zero, similar])
 
 
-def _replace_by_means(vectors: Tensor, root: Tensor, codes: Tensor, settled: bool) -> None:
+_matching = Compiled(_match, "T V =", "T =", "")
+_merging = Compiled(_merge, "T V =", "T =", "", "", one_thread=True)
+
+
+def _replace_by_means(vectors: Tensor, root: Tensor, settled: bool) -> None:
     """Replace, in place, each member of a group of two or more by the group's mean (float32 accumulation, in order).
 
-    vectors: [T·V, n]. root: [T·V], codes: [T, V]. A group is a leader and the vectors that follow it.
+    vectors: [T·V, n]. root: [T·V]. A group is a leader and the vectors that follow it.
     settled: no leader follows another. Where doubling ended early one may: then it is no member of its own group.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
-    if vectors.numel() < _FEW_ENTRIES:  # fewer operations, more traffic; the sums are added in the same order
-        total = torch.full_like(vectors, -0.0, dtype=wide)  # plus x is x, also if that is -0
-        _add_rows(total, root, vectors.clone() if vectors.requires_grad else vectors)  # autograd keeps what is added
-        size = torch.bincount(root, minlength=len(root)).clamp_(min=1)
-        vectors.copy_(total.div_(size[:, None]).index_select(0, root))
-        return
-    similar = codes.flatten() != ITSELF
+    similar = root != torch.arange(len(root), device=root.device)
     followers = similar.nonzero().squeeze(1)  # [K] numbers of vectors
     if followers.shape[0] == 0:
         return

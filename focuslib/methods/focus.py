@@ -106,7 +106,7 @@ class Focus(Method):
             overwrite=True,
         )
         prefill.write(x, visual)
-        prefill.record_site(layer, site, merged.codes, geometry)
+        prefill.record_site(layer, site, merged.codes, geometry, (merged.zero, merged.similar))
         return x
 
     def _rows(self, prefill: Prefill) -> Tensor:

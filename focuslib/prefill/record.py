@@ -12,7 +12,7 @@ from torch import Tensor
 
 from focuslib.errors import UserError
 from focuslib.grid import Grid
-from focuslib.kernels.similarity import ZERO
+from focuslib.kernels.similarity import ZERO, count_codes
 from focuslib.prefill.decoding import Decoding
 from focuslib.prefill.masks import Origins
 from focuslib.prefill.ops import Counts, DecoderShape, SiteCounts, counted_operations, dense_operations
@@ -221,21 +221,29 @@ class Prefill:
         self.record.rows += [{} for _ in range(layer + 1 - len(self.record.rows))]
         self.record.rows[layer][site] = rows
 
-    def record_site(self, layer: int, site: str, codes: Tensor, block: BlockGeometry | None = None) -> None:
+    def record_site(
+        self,
+        layer: int,
+        site: str,
+        codes: Tensor,
+        block: BlockGeometry | None = None,
+        numbers: tuple[int, int] | None = None,
+    ) -> None:
         """Count, and keep if a trace is recorded, the codes of the present visual tokens at a site ([P, V] uint8).
 
-        block: which candidates the codes count; without it they are ITSELF and ZERO alone.
+        block: which candidates the codes count; without it they are ITSELF and ZERO alone. numbers: how many are ZERO,
+        and how many neither ITSELF nor ZERO, if they are known.
         """
         self.record.block = block or self.record.block
         absent = self.grid.length - len(self.present)
         vectors = codes.shape[1]
-        zero = int(torch.count_nonzero(codes == ZERO))
+        zero, similar = numbers or count_codes(codes)
         while len(self.record.counts.layers) <= layer:
             self.record.counts.layers.append({})
         counts = self.record.counts.layers[layer][site] = SiteCounts(
             vectors=vectors,
             zero=zero + absent * vectors,
-            similar=int(torch.count_nonzero(codes)) - zero,  # ITSELF is 0
+            similar=similar,
             empty_tokens=(int((codes == ZERO).all(1).sum()) if zero else 0) + absent,
         )
         self.record_rows(layer, site, counts.rows(self.grid.length))
