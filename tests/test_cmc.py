@@ -19,7 +19,6 @@ from focuslib.kernels.motion import (
     compensate,
     frame_matches,
     motion_search,
-    replaced_share,
     replaced_shares,
     same_position,
 )
@@ -181,7 +180,7 @@ def test_heads_are_searched_and_compensated_each_by_itself(simplified):
         assert torch.equal(frame_matches(head, 6, **options), own)
         compensate(alone[2:68], own)
     assert torch.equal(found, x) and (match == ZEROED).any() and (match >= 0).any()
-    assert replaced_shares(match, 6) == [replaced_share(own, 6) for own in match]
+    assert replaced_shares(match, 6) == [replaced_shares(own[None], 6)[0] for own in match]
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,7 +219,7 @@ def test_i_frame_tokens_match_the_first_equal_one_and_do_not_count():
     match = frame_matches(x.flatten(0, 1), 6, threshold=1e-6)
     assert match[18:].tolist() == [18, 19, 20, 21, 22, 20]
     assert match[:18].tolist() == 3 * [-1, -1, 20, -1, -1, 20]
-    assert replaced_share(match, 6) == 6 / 24
+    assert replaced_shares(match[None], 6) == [6 / 24]
     later = torch.arange(24.0)[:, None].clone()
     compensate(later, match)
     assert later[[2, 5, 20, 23], 0].tolist() == [20, 20, 20, 20]

@@ -133,7 +133,6 @@ class Compiled:
         """Compile for arguments of these dtypes and fixed sizes, and any others. Loading the compiler takes seconds."""
         _announce(self.function)
         from torch._inductor import aoti_compile_and_package, list_options
-        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
         from torch.export import Dim, export
 
         names = sorted({name for names in self.sizes for name in names} - {"="})
@@ -144,7 +143,7 @@ class Compiled:
             sizes = [lengths.get(name, size) for name, size in zip(names, argument.shape, strict=True)]
             examples.append(torch.zeros(sizes, dtype=argument.dtype, device="cpu"))
             dynamic.append({place: symbols[name] for place, name in enumerate(names) if name in symbols})
-        with warnings.catch_warnings(), TemporaryDirectory() as folder:
+        with warnings.catch_warnings(), TemporaryDirectory() as folder, _plain_instructions() as forget:
             warnings.simplefilter("ignore", FutureWarning)  # torch's own of itself
             program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
             package = Path(folder) / "package.pt2"
@@ -154,7 +153,7 @@ class Compiled:
             try:
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful | trusting)
             except RuntimeError:  # an old compiler, say
-                valid_vec_isa_list.cache_clear()
+                forget()
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful)
             with ZipFile(package) as archive:
                 (library,) = (name for name in archive.namelist() if name.endswith(".so"))
@@ -248,6 +247,25 @@ _OPTIONS = {
 _ONE_THREAD = {"cpp.dynamic_threads": False, "cpp.threads": 1}
 # torch tries out, for seconds, whether the compiler knows the processor's instructions; nearly every one does
 _TRUSTING = {"cpp.vec_isa_ok": True}
+
+
+@contextmanager
+def _plain_instructions() -> Iterator[Callable[[], None]]:
+    """Compile without a new processor's instructions for matrices and dot products, that nothing here is made of.
+
+    torch tries out each, which takes seconds. Yields what makes it forget which it has found.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    known = getattr(cpu_vec_isa, "x86_isa_checker", list)  # of this torch
+    forget = cpu_vec_isa.valid_vec_isa_list.cache_clear
+    cpu_vec_isa.x86_isa_checker = lambda: [name for name in known() if name in ("avx2", "avx512")]
+    forget()
+    try:
+        yield forget
+    finally:
+        cpu_vec_isa.x86_isa_checker = known
+        forget()
 
 
 @lru_cache

@@ -12,9 +12,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from focuslib.kernels.columns import used_columns
 from focuslib.kernels.compiled import Compiled, scalar
 
 INFORMATIVE = -1  # match of a token that no reference token is near enough to
@@ -25,6 +25,7 @@ _SMALL = 1 << 24  # differences of channels up to which all of them cost compile
 _FEW = 1 << 20  # the same of code as it is written
 _TRIMMED = 1 << 22  # differences from which on it pays compiled code to look for zero channels first
 _DENSE_SHARE = 1 / 3  # above this share of candidates left, computing all of them costs less than picking
+_TOGETHER = 4  # rows that compiled code compares with one of the reference at a time: one sum would wait for itself
 _ROUNDOFF = 2.0**-24  # of one float32 operation
 _ENTRY = 16  # differences that take as long as what a compiled function does to an entry by default
 
@@ -120,16 +121,11 @@ def frame_matches(
     return match
 
 
-def replaced_share(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> float:
+def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:
     """CMC's sparsity: the share of the tokens that have a match, I-frames and tails without one being informative.
 
-    match: [S]. frames: the number of tokens of every frame, or each token's frame, [S] int64.
+    match: [H, S], of several heads. frames: the number of tokens of every frame, or each token's frame, [S] int64.
     """
-    return replaced_shares(match[None], frames, interval=interval, i_frame=i_frame)[0]
-
-
-def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:
-    """`replaced_share` of several heads, match: [H, S]."""
     length = match.shape[1]
     frame = torch.arange(length, device=match.device) // frames if isinstance(frames, int) else frames
     return [count / length for count in ((match >= 0) & (frame % interval != i_frame)).sum(1).tolist()]
@@ -201,7 +197,7 @@ def _search(rows: Tensor, reference: _Blocks, limit: float) -> Tensor:
 def _eliminated(rows: Tensor, alive: Tensor, reference: Tensor, bound: Tensor, likely: Tensor, limit: float) -> Tensor:
     """`motion_search` of the rows `alive` [A] by lower bounds [A, P], of which `likely` [A] is the least: [A]."""
     distance = _picked_distances(rows, reference, alive, likely)
-    left = bound <= distance.clamp(max=limit)[:, None]
+    left = bound <= torch.minimum(distance, scalar(limit, distance.device))[:, None]
     row, candidate = torch.nonzero(left.scatter_(1, likely[:, None], False), as_tuple=True)
     if len(row) > _DENSE_SHARE * left.numel():
         pair = rows.index_select(0, alive)[None], reference[None]
@@ -223,17 +219,45 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
         used = max(2, used_columns(rows, reference))  # a causal attention matrix has others; a graph takes two
-    match, sure = compiled(rows[..., :used], reference[..., :used], scalar(limit, rows.device))
-    unsure = torch.nonzero(~sure)  # [K, 2]
+    count, trimmed = rows.shape[1], rows[..., :used]
+    if count % _TOGETHER:
+        trimmed = F.pad(trimmed, (0, 0, 0, -count % _TOGETHER))
+    match, sure = compiled(trimmed.unflatten(1, (_TOGETHER, -1)), reference[..., :used], scalar(limit, rows.device))
+    unsure = torch.nonzero(~sure[:, :count])  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
         row = unsure[unsure[:, 0] == head, 1]
         match[head, row] = _nearest(_all_distances(rows[head].index_select(0, row), reference[head]), limit)
-    return match
+    return match[:, :count]
 
 
 def _compiled(rows: Tensor, reference: Tensor) -> Callable[..., Any] | None:
     """`_decided` as it is compiled for such rows, if it is."""
-    return _compiled_decided.ready(rows, reference, rows.new_zeros(()))
+    whole = rows.shape[1] // _TOGETHER * _TOGETHER
+    return _compiled_decided.ready(rows[:, :whole].unflatten(1, (_TOGETHER, -1)), reference, rows.new_zeros(()))
+
+
+def used_columns(*x: Tensor) -> int:
+    """How many columns there are up to the last that is not all zero in all of x: [..., R, C] float32 each.
+
+    NaN is not zero. Half of a causal attention matrix is, and adds nothing to a distance.
+    """
+    columns = x[0].shape[-1]
+    if columns == 0 or any(rows[..., -1].any() for rows in x):
+        return columns
+    some = [rows for rows in x if rows.numel()]
+    # in a causal attention matrix the last row has the most, and what is zero bit for bit is quickly seen to be
+    used = max((_end(rows[(-1,) * (rows.dim() - 1)]) for rows in some), default=0)
+    rest = [rows[..., used:].view(torch.int32) for rows in some]
+    if any(bits.amax() or bits.amin() for bits in rest):
+        over = [tuple(range(rows.dim() - 1)) for rows in some]
+        used = max(_end((rows.amax(o) != 0) | (rows.amin(o) != 0)) for rows, o in zip(some, over, strict=True))
+    return used
+
+
+def _end(entries: Tensor) -> int:
+    """How many entries [C] there are up to the last that is not zero."""
+    nonzero = torch.nonzero(entries)
+    return int(nonzero[-1]) + 1 if len(nonzero) else 0
 
 
 def _nearest(distance: Tensor, limit: float) -> Tensor:
@@ -296,12 +320,15 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _decided(rows: Tensor, reference: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """`motion_search` of rows [H, N, D], and where no order of addition could decide otherwise: [H, N] each."""
-    distance = (rows[:, :, None] - reference[:, None]).abs().sum(-1)
+    """`motion_search` of rows, and where no order of addition could decide otherwise: [H, N] each.
+
+    rows: [H, _TOGETHER, N // _TOGETHER, D], some for which one pass over the reference [H, P, D] finds the distances.
+    """
+    distance = torch.cat([(some[:, :, None] - reference[:, None]).abs().sum(-1) for some in rows.unbind(1)], 1)
     least, best = distance.min(-1)
     own = torch.arange(reference.shape[1], device=rows.device) == best[..., None]
     second = distance.masked_fill(own, torch.inf).amin(-1)
-    doubt = 4 * rows.shape[2] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
+    doubt = 4 * rows.shape[-1] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
     which = (second * (1 - doubt) > least) | (least == 0)  # zero is zero in any order
     sure = (which | (least > limit)) & ((least - limit).abs() > doubt * least)
     return torch.where(least < limit, best, INFORMATIVE), sure
@@ -309,12 +336,12 @@ def _decided(rows: Tensor, reference: Tensor, limit: Tensor) -> tuple[Tensor, Te
 
 def _work(a: Tensor, b: Tensor, *others: Tensor) -> int:
     """What all distances of rows [N, D] to [P, D], or of several heads' rows, are worth, in entries."""
-    return a.shape[-2] * b.numel() // _ENTRY
+    return a.numel() * b.shape[-2] // _ENTRY
 
 
 _compiled_sums = Compiled(_two_sums, "N B =", work=lambda blocks: 2 * blocks.numel())
 _compiled_distances = Compiled(_distances, "N D", "P D", work=_work)
-_compiled_decided = Compiled(_decided, "= N D", "= P D", "", work=_work)
+_compiled_decided = Compiled(_decided, "= = N D", "= P D", "", work=_work)
 
 
 def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:

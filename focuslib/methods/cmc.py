@@ -15,7 +15,6 @@ from focuslib.kernels.motion import (
     compensate,
     frame_matches,
     motion_search,
-    replaced_share,
     replaced_shares,
     same_position,
 )
@@ -90,8 +89,7 @@ class Cmc(Method):
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         match = self._matches(prefill, queries[:, prefill.visual], self.query_threshold)
-        shares = replaced_shares(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)
-        prefill.state["query"].append(shares)
+        prefill.state["query"].append(match)
         return Compensation(match, prefill.state["rows"], queries.shape[1])(queries)
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
@@ -105,22 +103,24 @@ class Cmc(Method):
         match = self._matches(prefill, visual, self.score_threshold)
         compensate(visual, match)
         prefill.write(probabilities, visual)
-        prefill.state["score"][-1].append(self._share(prefill, match))
+        prefill.state["score"][-1].append(match)
         return probabilities
 
     def end(self, prefill: Prefill) -> None:
         record, state = prefill.record, prefill.state
         record.details["linear_match"] = state["linear"].cpu()
-        record.stats["linear_sparsity"] = self._share(prefill, state["linear"])
-        for name, layers in (("query_sparsity", state["query"]), ("attn_score_sparsity", state["score"])):
+        (record.stats["linear_sparsity"],) = self._shares(prefill, state["linear"][None])
+        query = [self._shares(prefill, matches) for matches in state["query"]]
+        score = [self._shares(prefill, torch.stack(matches)) for matches in state["score"]]
+        for name, layers in (("query_sparsity", query), ("attn_score_sparsity", score)):
             record.details[name] = torch.tensor(layers)
             record.stats[name] = sum(map(sum, layers)) / max(1, sum(map(len, layers)))
         tokens = prefill.grid.length
-        for layer, shares in enumerate(state["query"]):
+        for layer, shares in enumerate(query):
             for site in LINEAR_SITES:
                 prefill.record_rows(layer, site, tokens * (1 - record.stats["linear_sparsity"]))
             prefill.record_rows(layer, "query", tokens * (1 - sum(shares) / len(shares)))
-        for layer, shares in zip(state["scored"], state["score"], strict=True):
+        for layer, shares in zip(state["scored"], score, strict=True):
             prefill.record_rows(layer, "score", tokens * (1 - sum(shares) / len(shares)))
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
@@ -157,5 +157,6 @@ class Cmc(Method):
             first += sum(frames)
         return torch.cat(matches, -1)
 
-    def _share(self, prefill: Prefill, match: Tensor) -> float:
-        return replaced_share(match, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)
+    def _shares(self, prefill: Prefill, matches: Tensor) -> list[float]:
+        """The replaced share of several heads' matches, [H, S]."""
+        return replaced_shares(matches, prefill.state["frame"], interval=self.interval, i_frame=self.i_frame)

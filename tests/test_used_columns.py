@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focuslib.kernels.columns import used_columns
+from focuslib.kernels.motion import used_columns
 
 shapes = st.lists(st.integers(0, 3), min_size=1, max_size=2)
 
