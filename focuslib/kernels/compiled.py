@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 from typing import Any
-from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -132,32 +131,10 @@ class Compiled:
     def _write(self, file: Path, arguments: tuple[Tensor, ...]) -> None:
         """Compile for arguments of these dtypes and fixed sizes, and any others. Loading the compiler takes seconds."""
         _announce(self.function)
-        from torch._inductor import aoti_compile_and_package, list_options
-        from torch.export import Dim, export
+        from focuslib.kernels.ahead import shared_library
 
-        names = sorted({name for names in self.sizes for name in names} - {"="})
-        lengths = {name: 133 + 4 * number for number, name in enumerate(names)}  # any that are not alike
-        symbols = {name: Dim(name, min=2, max=1 << 30) for name in names}
-        examples, dynamic = [], []
-        for argument, names in zip(arguments, self.sizes, strict=True):
-            sizes = [lengths.get(name, size) for name, size in zip(names, argument.shape, strict=True)]
-            examples.append(torch.zeros(sizes, dtype=argument.dtype, device="cpu"))
-            dynamic.append({place: symbols[name] for place, name in enumerate(names) if name in symbols})
-        with warnings.catch_warnings(), TemporaryDirectory() as folder, _plain_instructions() as forget:
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own of itself
-            program = export(_Function(self.function), tuple(examples), dynamic_shapes=(tuple(dynamic),))
-            package = Path(folder) / "package.pt2"
-            known = list_options()  # of this torch
-            options = _OPTIONS | (_ONE_THREAD if self.one_thread else {})
-            trusting, careful = ({k: v for k, v in o.items() if k in known} for o in (_TRUSTING, options))
-            try:
-                aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful | trusting)
-            except RuntimeError:  # an old compiler, say
-                forget()
-                aoti_compile_and_package(program, package_path=str(package), inductor_configs=careful)
-            with ZipFile(package) as archive:
-                (library,) = (name for name in archive.namelist() if name.endswith(".so"))
-                write_bytes(file, archive.read(library))  # whole: to load half a library is to crash
+        # whole: to load half a library is to crash
+        write_bytes(file, shared_library(self.function, arguments, self.sizes, self.one_thread))
 
     @cached_property
     def _on_gpu(self) -> Callable[..., Any]:
@@ -179,17 +156,6 @@ class Compiled:
                 return self.function(*arguments)
 
         return run
-
-
-class _Function(torch.nn.Module):
-    """A function as what torch.export takes."""
-
-    def __init__(self, function: Callable[..., Any]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *arguments: Tensor) -> Any:
-        return self.function(*arguments)
 
 
 def _load(file: Path) -> Callable[..., Any] | None:
@@ -225,8 +191,9 @@ def _folder() -> Path:
 @cache
 def _environment(function: Callable[..., Any]) -> list[str]:
     """What the code made of a function hangs on, its arguments aside: its source, torch, and the processor."""
-    files = [str(sys.modules[module].__file__) for module in (function.__module__, __name__)]
-    return [*(str(Path(file).read_bytes()) for file in files), torch.__version__, platform.machine(), *_instructions()]
+    files = [Path(str(sys.modules[module].__file__)) for module in (function.__module__, __name__)]
+    files.append(files[-1].with_name("ahead.py"))  # which takes seconds to import
+    return [*(str(file.read_bytes()) for file in files), torch.__version__, platform.machine(), *_instructions()]
 
 
 def _instructions() -> list[str]:
@@ -237,35 +204,6 @@ def _instructions() -> list[str]:
     except OSError:
         return known
     return [*known, *[line for line in lines if line.startswith(("flags", "Features"))][:1]]
-
-
-_OPTIONS = {
-    "cpp.dynamic_threads": True,  # one graph for any number of threads
-    "assert_indirect_indexing": False,  # the rows that are gathered were made by `candidate_rows`
-    "aot_inductor.precompile_headers": False,  # which pays from the third kernel on only
-}
-_ONE_THREAD = {"cpp.dynamic_threads": False, "cpp.threads": 1}
-# torch tries out, for seconds, whether the compiler knows the processor's instructions; nearly every one does
-_TRUSTING = {"cpp.vec_isa_ok": True}
-
-
-@contextmanager
-def _plain_instructions() -> Iterator[Callable[[], None]]:
-    """Compile without a new processor's instructions for matrices and dot products, that nothing here is made of.
-
-    torch tries out each, which takes seconds. Yields what makes it forget which it has found.
-    """
-    from torch._inductor import cpu_vec_isa
-
-    known = getattr(cpu_vec_isa, "x86_isa_checker", list)  # of this torch
-    forget = cpu_vec_isa.valid_vec_isa_list.cache_clear
-    cpu_vec_isa.x86_isa_checker = lambda: [name for name in known() if name in ("avx2", "avx512")]
-    forget()
-    try:
-        yield forget
-    finally:
-        cpu_vec_isa.x86_isa_checker = known
-        forget()
 
 
 @lru_cache
