@@ -104,21 +104,22 @@ def frame_matches(
     """
     length, channels = tokens.shape[-2:]
     limit = threshold * channels
-    match = torch.full(tokens.shape[:-1], INFORMATIVE, device=tokens.device)
     sizes = [frames] * -(-length // frames) if isinstance(frames, int) else frames
     starts = [min(start, length) for start in accumulate(sizes, initial=0)]
-    for number in range(0, len(sizes), interval):
-        members = slice(starts[number], starts[min(number + interval, len(sizes))])
-        if number + i_frame >= len(sizes):
-            if zero_tail:
-                zeros = tokens.new_zeros((1, channels), dtype=torch.float32)
-                near = torch.cdist(tokens[..., members, :].float(), zeros, p=1).squeeze(-1) < limit
-                match[..., members] = torch.where(near, ZEROED, INFORMATIVE)
-            break
-        first, last = starts[number + i_frame : number + i_frame + 2]
-        found = search(tokens[..., members, :], tokens[..., first:last, :], limit)
-        match[..., members] = torch.where(found >= 0, found + first, INFORMATIVE)
-    return match
+    matches = []
+    for number in range(0, max(1, len(sizes)), interval):
+        members = tokens[..., starts[number] : starts[min(number + interval, len(sizes))], :]
+        if number + i_frame < len(sizes):
+            first, last = starts[number + i_frame : number + i_frame + 2]
+            found = search(members, tokens[..., first:last, :], limit)
+            matches.append(torch.where(found < 0, found, found + first))
+        elif zero_tail:
+            zeros = tokens.new_zeros((1, channels), dtype=torch.float32)
+            near = torch.cdist(members.float(), zeros, p=1).squeeze(-1) < limit
+            matches.append(torch.where(near, ZEROED, INFORMATIVE))
+        else:
+            matches.append(torch.full(members.shape[:-1], INFORMATIVE, device=tokens.device))
+    return torch.cat(matches, -1)
 
 
 def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:
@@ -219,21 +220,27 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
         used = max(2, used_columns(rows, reference))  # a causal attention matrix has others; a graph takes two
-    count, trimmed = rows.shape[1], rows[..., :used]
+    count, trimmed, other = rows.shape[1], rows[..., :used], reference[..., :used]
     if count % _TOGETHER:
         trimmed = F.pad(trimmed, (0, 0, 0, -count % _TOGETHER))
-    match, sure = compiled(trimmed.unflatten(1, (_TOGETHER, -1)), reference[..., :used], scalar(limit, rows.device))
-    unsure = torch.nonzero(~sure[:, :count])  # [K, 2]
+    match, sure = compiled(_together(trimmed), other, scalar(limit, rows.device))
+    match, sure = match[:, :count], sure[:, :count]
+    unsure = torch.nonzero(~sure)  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
         row = unsure[unsure[:, 0] == head, 1]
         match[head, row] = _nearest(_all_distances(rows[head].index_select(0, row), reference[head]), limit)
-    return match[:, :count]
+    return match
 
 
 def _compiled(rows: Tensor, reference: Tensor) -> Callable[..., Any] | None:
     """`_decided` as it is compiled for such rows, if it is."""
-    whole = rows.shape[1] // _TOGETHER * _TOGETHER
-    return _compiled_decided.ready(rows[:, :whole].unflatten(1, (_TOGETHER, -1)), reference, rows.new_zeros(()))
+    return _compiled_decided.ready(_together(rows), reference, scalar(0.0, rows.device))
+
+
+def _together(rows: Tensor) -> Tensor:
+    """Rows [H, N, D], as many as go into whole groups, as `_decided` takes them: a view."""
+    each = rows.shape[1] // _TOGETHER
+    return rows[:, : each * _TOGETHER].view(len(rows), _TOGETHER, each, rows.shape[2])
 
 
 def used_columns(*x: Tensor) -> int:
@@ -325,13 +332,14 @@ def _decided(rows: Tensor, reference: Tensor, limit: Tensor) -> tuple[Tensor, Te
     rows: [H, _TOGETHER, N // _TOGETHER, D], some for which one pass over the reference [H, P, D] finds the distances.
     """
     distance = torch.cat([(some[:, :, None] - reference[:, None]).abs().sum(-1) for some in rows.unbind(1)], 1)
-    least, best = distance.min(-1)
-    own = torch.arange(reference.shape[1], device=rows.device) == best[..., None]
-    second = distance.masked_fill(own, torch.inf).amin(-1)
+    number = torch.arange(reference.shape[1], dtype=distance.dtype, device=rows.device)  # `min` with indices is slow
+    least = distance.amin(-1)
+    best = torch.where(distance == least[..., None], number, torch.inf).amin(-1)
+    second = torch.where(number == best[..., None], torch.inf, distance).amin(-1)
     doubt = 4 * rows.shape[-1] * _ROUNDOFF  # twice what two orders of addition can differ by, as a share
     which = (second * (1 - doubt) > least) | (least == 0)  # zero is zero in any order
     sure = (which | (least > limit)) & ((least - limit).abs() > doubt * least)
-    return torch.where(least < limit, best, INFORMATIVE), sure
+    return torch.where(least < limit, best, float(INFORMATIVE)).long(), sure
 
 
 def _work(a: Tensor, b: Tensor, *others: Tensor) -> int:

@@ -110,7 +110,7 @@ def _few(
     None where that is more than one graph does: tokens that are zero and shift the tiles, and long chains of pointers.
     """
     device = split.device
-    merging = _merging if split.shape[2] in _COMPILED_SIZES else _merge
+    merging = _for_size(_merging, split)
     values, codes, best, facts = merging(split, rows, scalar(threshold, device), scalar(doublings, device))
     settled, zero, similar = facts.tolist()
     tiled = m_tile is not None and m_tile != -1
@@ -144,8 +144,14 @@ def _many(
 
 def count_codes(codes: Tensor) -> tuple[int, int]:
     """How many of some codes are ZERO, and how many neither that nor ITSELF."""
-    zero = int(torch.count_nonzero(codes == ZERO))
-    return zero, int(torch.count_nonzero(codes)) - zero  # ITSELF is 0
+    zero, similar = _counts(codes).tolist()
+    return zero, similar
+
+
+def _counts(codes: Tensor) -> Tensor:
+    """What `count_codes` counts, [2] int64."""
+    zero = torch.count_nonzero(codes == ZERO)
+    return torch.stack([zero, torch.count_nonzero(codes) - zero])  # ITSELF is 0
 
 
 def _nonzero_tokens(split: Tensor) -> Tensor | None:
@@ -213,10 +219,14 @@ def _resolve(pointer: Tensor, doublings: int) -> tuple[Tensor, bool]:
     return pointer, False
 
 
-def _best_candidates(split: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def _best_candidates(split: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, ...]:
     """`_match`, compiled where that is worth it. threshold: a number."""
-    matching = _matching if split.shape[2] in _COMPILED_SIZES else _match
-    return matching(split, rows, scalar(threshold, split.device))
+    return _for_size(_matching, split)(split, rows, scalar(threshold, split.device))
+
+
+def _for_size(compiled: Compiled, split: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """A compiled function, or as it is written where the vectors of split [T, V, n] are of another size."""
+    return compiled if split.shape[2] in _COMPILED_SIZES else compiled.function
 
 
 def _match(split: Tensor, rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,8 +322,7 @@ def _merge(split: Tensor, rows: Tensor, threshold: Tensor, doublings: Tensor) ->
     size = total.new_zeros(total.shape[0])
     _add_rows(size, pointer, torch.ones_like(size))
     mean = (total / size.clamp(min=1)[:, None]).index_select(0, pointer).to(split.dtype)
-    zero, similar = (codes == ZERO).sum(), ((codes != ITSELF) & (codes != ZERO)).sum()
-    return mean, codes, best, torch.stack([settled.long(), zero, similar])
+    return mean, codes, best, torch.cat([settled.long()[None], _counts(codes)])
 
 
 _matching = Compiled(_match, "T V =", "T =", "")

@@ -78,7 +78,8 @@ class Cmc(Method):
         require_frames(self.name, prefill.grid)
         if self.simplified and any(len(set(frames)) > 1 for frames in prefill.grid.media):
             raise InputError("method cmc: simplified compares tokens of one place; the frames here differ in size")
-        prefill.state |= {"query": [], "score": [], "scored": []}
+        # query, score: layer → each head's replaced share. heads: layer → matches that are not counted yet
+        prefill.state |= {"query": {}, "score": {}, "heads": {}}
         prefill.state["frame"] = prefill.grid.frame_of().to(embeds.device)
         match = self._matches(prefill, embeds[prefill.visual], self.linear_threshold)
         rows = torch.arange(len(embeds), device=embeds.device)[prefill.visual]
@@ -89,7 +90,7 @@ class Cmc(Method):
 
     def on_attention(self, prefill: Prefill, layer: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         match = self._matches(prefill, queries[:, prefill.visual], self.query_threshold)
-        prefill.state["query"].append(match)
+        prefill.state["query"][layer] = self._shares(prefill, match)
         return Compensation(match, prefill.state["rows"], queries.shape[1])(queries)
 
     def wants_probabilities(self, prefill: Prefill, layer: int) -> bool:
@@ -97,31 +98,29 @@ class Cmc(Method):
 
     def on_probabilities(self, prefill: Prefill, layer: int, head: int, probabilities: Tensor) -> Tensor:
         if head == 0:
-            prefill.state["score"].append([])
-            prefill.state["scored"].append(layer)
+            self._count_heads(prefill)
         visual = probabilities[prefill.visual]
         match = self._matches(prefill, visual, self.score_threshold)
         compensate(visual, match)
         prefill.write(probabilities, visual)
-        prefill.state["score"][-1].append(match)
+        prefill.state["heads"].setdefault(layer, []).append(match)
         return probabilities
 
     def end(self, prefill: Prefill) -> None:
+        self._count_heads(prefill)
         record, state = prefill.record, prefill.state
         record.details["linear_match"] = state["linear"].cpu()
         (record.stats["linear_sparsity"],) = self._shares(prefill, state["linear"][None])
-        query = [self._shares(prefill, matches) for matches in state["query"]]
-        score = [self._shares(prefill, torch.stack(matches)) for matches in state["score"]]
-        for name, layers in (("query_sparsity", query), ("attn_score_sparsity", score)):
-            record.details[name] = torch.tensor(layers)
-            record.stats[name] = sum(map(sum, layers)) / max(1, sum(map(len, layers)))
+        for name, layers in (("query_sparsity", state["query"]), ("attn_score_sparsity", state["score"])):
+            record.details[name] = torch.tensor(list(layers.values()))
+            record.stats[name] = sum(map(sum, layers.values())) / max(1, sum(map(len, layers.values())))
         tokens = prefill.grid.length
-        for layer, shares in enumerate(query):
+        for layer in state["query"]:
             for site in LINEAR_SITES:
                 prefill.record_rows(layer, site, tokens * (1 - record.stats["linear_sparsity"]))
-            prefill.record_rows(layer, "query", tokens * (1 - sum(shares) / len(shares)))
-        for layer, shares in zip(state["scored"], score, strict=True):
-            prefill.record_rows(layer, "score", tokens * (1 - sum(shares) / len(shares)))
+        for name in ("query", "score"):
+            for layer, shares in state[name].items():
+                prefill.record_rows(layer, name, tokens * (1 - sum(shares) / len(shares)))
 
     def table_two_sparsity(self, record: PrefillRecord) -> float:
         sparsities = (record.stats[f"{name}_sparsity"] for name in ("linear", "query", "attn_score"))
@@ -156,6 +155,12 @@ class Cmc(Method):
             matches.append(torch.where(match >= 0, match + first, match) if first else match)
             first += sum(frames)
         return torch.cat(matches, -1)
+
+    def _count_heads(self, prefill: Prefill) -> None:
+        """Count a layer's heads together: the device is waited for once, and matches are not kept for long."""
+        state = prefill.state
+        state["score"] |= {layer: self._shares(prefill, torch.stack(some)) for layer, some in state["heads"].items()}
+        state["heads"].clear()
 
     def _shares(self, prefill: Prefill, matches: Tensor) -> list[float]:
         """The replaced share of several heads' matches, [H, S]."""
