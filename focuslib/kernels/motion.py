@@ -119,7 +119,7 @@ def frame_matches(
             matches.append(torch.where(near, ZEROED, INFORMATIVE))
         else:
             matches.append(torch.full(members.shape[:-1], INFORMATIVE, device=tokens.device))
-    return torch.cat(matches, -1)
+    return torch.cat(matches, -1) if len(matches) > 1 else matches[0]
 
 
 def replaced_shares(match: Tensor, frames: int | Tensor, *, interval: int = 8, i_frame: int = 3) -> list[float]:

@@ -154,7 +154,7 @@ class Cmc(Method):
                 )  # fmt: skip
             matches.append(torch.where(match >= 0, match + first, match) if first else match)
             first += sum(frames)
-        return torch.cat(matches, -1)
+        return torch.cat(matches, -1) if len(matches) > 1 else matches[0]
 
     def _count_heads(self, prefill: Prefill) -> None:
         """Count a layer's heads together: the device is waited for once, and matches are not kept for long."""
