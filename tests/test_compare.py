@@ -115,7 +115,7 @@ def test_a_method_that_cannot_run_is_one_row_that_says_why(outcome):
 def test_figures_and_page(outcome, tmp_path):
     assert methods_figure(methods_table(outcome.results)) is not None
     figure = kept_by_method_figure(outcome)
-    labels = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert [label.split("\n")[0] for label in labels] == ["input", "random", "evs"]
     page = write_page(outcome, tmp_path / "deep" / "page.html", "tiny <model>").read_text()
     assert "tiny &lt;model&gt;" in page and page.count("data:image/png;base64,") == 2

@@ -364,7 +364,7 @@ def test_what_each_method_drops_is_drawn(done):
     figures = list(report.looks_figures(outcome, points_of(params), 60))
     questions = {result.cell.sample for result in outcome.results if result.cell.kind == "view"}
     assert len(figures) == len(questions)
-    labels = [axis.get_ylabel().split(":")[0].split("\n")[0] for axis in figures[0].axes if axis.get_ylabel()]
+    labels = [label.get_text().split(":")[0].split("\n")[0] for label in figures[0].axes[0].get_yticklabels()]
     assert labels == ["input", *SMALL]
     assert "; right: " in figures[0].get_suptitle() and "dense: " in figures[0].get_suptitle()
     assert list(report.looks_figures(outcome, [], 60)) == []

@@ -23,7 +23,7 @@ from focuslib.report.tables import comparison_table, method_label
 def few_colours(figure: Figure) -> Image:
     """A figure as a picture of 64 colours, an eighth of the size: for those that show frames of clips."""
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", bbox_inches="tight")
+    figure.savefig(full, format="png", bbox_inches="tight", pil_kwargs={"compress_level": 0})
     plt.close(figure)
     # the octree keeps the few pixels of small marks, which the median cut gives up
     picture = PIL.Image.open(full).convert("RGB").quantize(64, PIL.Image.Quantize.FASTOCTREE)
@@ -78,20 +78,28 @@ def kept_rows_figure(
     shown = np.linspace(0, len(frames) - 1, min(8, len(frames)), dtype=int)
     everything = np.arange(len(layout.frame))
     rows = {"input": everything, **rows}
-    figure, axes = plt.subplots(
-        len(rows), len(shown), figsize=(side * len(shown) + 1.5, (side + 0.1) * len(rows)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for line, (label, positions) in zip(axes, rows.items(), strict=True):
+    height, width = frames.shape[1:3]
+    gap = max(1, width // 32)
+    # one picture of all: axes of their own for each frame take matplotlib a hundred times as long
+    sheet = np.full(((height + gap) * len(rows) - gap, (width + gap) * len(shown) - gap, 3), 255, np.uint8)
+    for row, positions in enumerate(rows.values()):
         present = np.isin(everything, positions)
-        for axis, frame in zip(line, shown, strict=True):
-            light = 0.15 + 0.85 * _share_kept(layout, frame, present, frames.shape[1:3])[..., None]
-            axis.imshow((frames[frame] * light).astype(np.uint8))
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if line is axes[0]:
-                axis.set_title(f"frame {frame}", fontsize=8)
-        line[0].set_ylabel(f"{label}\n{len(positions)} tokens", fontsize=8, rotation=0, ha="right", va="center")
+        for column, frame in enumerate(shown):
+            light = 0.15 + 0.85 * _share_kept(layout, frame, present, (height, width))[..., None]
+            top, left = row * (height + gap), column * (width + gap)
+            sheet[top : top + height, left : left + width] = (frames[frame] * light).astype(np.uint8)
+    figure, axis = plt.subplots(
+        figsize=(side * len(shown) + 1.5, (side * height / width + 0.1) * len(rows)), layout="constrained"
+    )
+    axis.imshow(sheet)
+    axis.set_frame_on(False)
+    axis.xaxis.tick_top()
+    places = np.arange(len(shown)) * (width + gap) + width / 2
+    axis.set_xticks(places, [f"frame {frame}" for frame in shown], fontsize=8)
+    labels = [f"{label}\n{len(positions)} tokens" for label, positions in rows.items()]
+    axis.set_yticks(np.arange(len(rows)) * (height + gap) + height / 2, labels, fontsize=8)
+    axis.tick_params(length=0)
+    axis.set_anchor("N")
     figure.suptitle(title, fontsize=9, wrap=True)
     return figure
 
