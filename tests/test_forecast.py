@@ -24,13 +24,19 @@ def timed(folder, seconds, model="tiny_onevision"):
     ("workers", "loading", "expected"), [(1, 0, 60), (2, 0, 40), (3, 0, 30), (9, 0, 30), (1, 5, 65), (2, 5, 45)]
 )
 def test_the_clock_by_hand(tmp_path, workers, loading, expected):
-    assert simulate(timed(tmp_path, [10, 20, 30]), workers, loading) == expected
+    assert simulate([timed(tmp_path, [10, 20, 30])], workers, loading) == expected
+
+
+def test_no_worker_waits_for_the_end_of_a_notebook(tmp_path):
+    """On two workers: 30 and 10 + 20 of the second notebook, then its other 20."""
+    assert simulate([timed(tmp_path, [10, 30]), timed(tmp_path, [20, 20])], 2, 0) == 50
+    assert simulate([[shard] for shard in timed(tmp_path, [10, 20, 30])], 2, 0) == 40
 
 
 def test_two_models_on_two_workers_are_loaded_once_each(tmp_path):
     shards = timed(tmp_path, [10] * 6) + timed(tmp_path, [10] * 6, "minicpm_v")
-    assert simulate(shards, 2, 7) == 67
-    assert simulate(shards, 1, 7) == 134
+    assert simulate([shards], 2, 7) == 67
+    assert simulate([shards], 1, 7) == 134
 
 
 @pytest.fixture(scope="module")

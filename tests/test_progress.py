@@ -1,4 +1,4 @@
-"""The bar over all notebooks guesses the time that is left from the work, not from the number of cells."""
+"""The bar over cells guesses the time that is left from the work, not from the number of cells."""
 
 import pytest
 
@@ -15,11 +15,9 @@ def cell(kind="accuracy", limit: int | None = 100, **what):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test moves, and no announcement from outside."""
+    """A clock that the test moves."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    monkeypatch.setenv("FOCUSLIB_PROGRESS", "")  # so that what is announced here is taken back at the end
-    monkeypatch.delenv("FOCUSLIB_PROGRESS")
     return now
 
 
@@ -73,17 +71,15 @@ def test_answers_that_were_there_took_no_time(clock):
         assert text(bar) == "2 min, about 10 min left"
 
 
-def test_notebooks_go_on_where_the_one_before_ended(clock):
-    first, second, later = [cell(limit=50)], [cell(limit=30, seed=1)], [cell(limit=20, seed=2)]
-    progress.announce(first, second, later, clock[0])
-    clock[0] += 600
-    with progress.Bar(second, "baselines") as bar:
-        assert (bar.bar.n, bar.bar.total) == (1, 3)
-        clock[0] += 60
-        bar.step(second[0], True)
-        assert text(bar) == "11 min, about 1 min left"  # 20 questions at 30 a minute
-    more = cell("view", 1)
-    with progress.Bar([more], "the same notebook, what was not announced") as bar:
-        clock[0] += 60
-        bar.step(more, True)
-        assert (bar.bar.n, bar.done, text(bar)) == (2, 80, "12 min")
+def test_cells_that_become_known_later_count_from_then_on(clock):
+    first, further = cell(limit=50), cell(limit=20, seed=2)
+    with progress.Bar([first], "reproduce") as bar:
+        clock[0] += 300
+        bar.step(first, True)
+        assert text(bar) == "5 min, about 0 min left"
+        bar.more([further])
+        bar.say("on it", 0.0)
+        assert bar.bar.total == 2 and text(bar) == "on it, 5 min, about 2 min left"
+        clock[0] += 120
+        bar.step(further, True)
+        assert text(bar) == "7 min, about 0 min left"

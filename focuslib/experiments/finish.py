@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import focuslib
 from focuslib.errors import UserError
+from focuslib.evaluation.datasets import DATASETS
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.single import median_sample
 from focuslib.experiments.store import CellResult, read_result, result_file, work_folder
@@ -36,6 +38,30 @@ def resume(cell: Cell, folder: Path) -> Settled | None:
         return None
     shutil.rmtree(work_folder(path), ignore_errors=True)  # there if the run was killed right after its result
     return cell, False, None
+
+
+def unsettled(cells: Iterable[Cell], folder: Path, left: list[Cell]) -> Iterator[Settled]:
+    """Settle the cells that have a result, or lack what they need; all others are added to `left`. Makes their data."""
+    problems: dict[str, str | None] = {}  # data set → why there is none
+    for cell in cells:
+        if settled := resume(cell, folder):
+            yield settled
+            continue
+        if cell.dataset not in problems:
+            problems[cell.dataset] = _prepare(cell.dataset)
+        if why := problems[cell.dataset]:
+            yield cell, False, why
+        else:
+            left.append(cell)
+
+
+def _prepare(name: str) -> str | None:
+    """Have a data set make its data; returns why it could not."""
+    try:
+        DATASETS[name].prepare()
+    except (OSError, UserError) as error:  # no place for the data, say
+        return f"{name}: its data could not be made ({error})"
+    return None
 
 
 def one_line(error: Exception) -> str:

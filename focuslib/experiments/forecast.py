@@ -12,7 +12,7 @@ import pandas as pd
 
 from focuslib.errors import UserError
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.engine import Answer, Queue
+from focuslib.experiments.engine import AHEAD, Answer, Queue
 from focuslib.experiments.paper import plan, sweep_points
 from focuslib.experiments.params import EXPERIMENTS
 from focuslib.experiments.published import published_cost, published_questions, seconds_a_question
@@ -28,7 +28,7 @@ LOADING = 60.0  # seconds to load a model, where none were measured: an assumpti
 class Forecast:
     """What a profile will take.
 
-    notebooks: the shards of each that runs, in order; one begins when the one before it has ended.
+    notebooks: the shards of each that runs, in order; one begins when the shards of the one before it run out.
     unknown: cells of which no time is known. loading: seconds to load a model.
     """
 
@@ -54,12 +54,11 @@ class Forecast:
 
     def makespan(self, gpus: int) -> float:
         """Seconds from the first question to the last on so many GPUs."""
-        return sum(simulate(shards, gpus, self.loading) for shards in self.notebooks.values())
+        return simulate(list(self.notebooks.values()), gpus, self.loading)
 
     def chain(self) -> float:
-        """Seconds that no number of GPUs makes shorter: in each notebook, the longest shard and loading its model."""
-        longest = [max(shard.expected for shard in shards) for shards in self.notebooks.values() if shards]
-        return sum(longest) + self.loading * len(longest)
+        """Seconds that no number of GPUs makes shorter: the longest shard, and loading its model."""
+        return max(shard.expected for shard in self.shards) + self.loading
 
     def table(self, price: float | None) -> pd.DataFrame:
         """One row a number of GPUs: hours, the ideal ones (all GPUs busy to the end), and what they cost together."""
@@ -71,12 +70,15 @@ class Forecast:
         return pd.DataFrame(rows)
 
 
-def simulate(shards: list[Shard], workers: int, loading: float) -> float:
-    """Seconds until workers, who take shards as those of an engine do, have done them all."""
-    queue, end = Queue(shards), 0.0
+def simulate(notebooks: list[list[Shard]], workers: int, loading: float) -> float:
+    """Seconds until workers, who take shards as those of an engine do, have done those of all notebooks."""
+    queue, end, coming = Queue(), 0.0, iter(notebooks)
     free: list[tuple[float, int, Model | None]] = [(0.0, number, None) for number in range(workers)]
     while free:
         now, number, holds = heapq.heappop(free)
+        while len(queue) < AHEAD * workers and (shards := next(coming, None)) is not None:
+            for shard in shards:
+                queue.put(shard)
         shard = queue.take(holds)
         if shard is None:
             continue  # there is nothing more for it

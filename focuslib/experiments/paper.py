@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from focuslib.experiments.compare import compared_cells
 from focuslib.experiments.curves import CurvePoint, curve_cells, curve_points, look_cells
 from focuslib.experiments.params import experiment_params
 from focuslib.experiments.runner import Workers, run_cells
-from focuslib.experiments.store import Outcome, export_traces, pth_name, write_status
+from focuslib.experiments.store import CellResult, Outcome, export_traces, pth_name, write_status
 from focuslib.hardware.accelerators import ACCELERATORS
 from focuslib.hardware.reproduction import HardwareStudy, reproduce_hardware
 from focuslib.methods import METHODS
@@ -51,40 +51,29 @@ def run(experiment: str, profile: str, changes: dict[str, Any] | None = None) ->
         raise UserError(f"{experiment} has no cells to run; call study_{experiment}(profile)")
     params, cells = plan(experiment, profile, changes)
     folder = results_folder(params["results"])
-    if experiment == "int8":
-        return _run_int8(params, folder)
-    if experiment == "curves":
-        return _run_curves(params, cells, folder)
     traces = folder / "focus_main" if experiment in ("main", "image") and params["write_pth"] else None
     outcome = run_cells(experiment, cells, folder, traces, Workers.of(params))
+    if further := further_cells(experiment, params, outcome.results):
+        outcome.add(run_cells(experiment, further, folder, workers=Workers.of(params)))
+        write_status(folder, experiment, outcome.results, outcome.complete, outcome.summary())
     if experiment == "dse" and params["write_pth"]:
         export_traces(outcome, [(point.trace, folder / point.file) for point in sweep_points(params)])
+    if experiment == "int8" and params["write_pth"]:
+        traced = [cell for cell in further if cell.quantization]
+        export_traces(outcome, [(cell, folder / "focus_int8" / pth_name(cell)) for cell in traced])
     return outcome
 
 
-def _run_int8(params: dict[str, Any], folder: Path) -> Outcome:
-    """Dense and Focus in 8 bit, and the main experiment's cells; each trace is of the main run's median sample."""
-    traced = [cell for cell in int8_cells(params, {}) if cell.kind == "trace"]
-    main = run_cells("int8", traced, folder, workers=Workers.of(params))
-    medians = {(result.cell.model, result.cell.dataset): result.median_index for result in main.results}
-    cells = int8_cells(params, medians)
-    outcome = run_cells("int8", cells, folder, workers=Workers.of(params))
-    outcome.ran += main.ran
-    write_status(folder, "int8", outcome.results, outcome.complete, outcome.summary())
-    if params["write_pth"]:
-        quantized = [cell for cell in cells if cell.kind == "trace" and cell.quantization]
-        export_traces(outcome, [(cell, folder / "focus_int8" / pth_name(cell)) for cell in quantized])
-    return outcome
+def further_cells(experiment: str, params: dict[str, Any], results: list[CellResult]) -> list[Cell]:
+    """The cells of an experiment that are known once the first ones (see plan) have their results.
 
-
-def _run_curves(params: dict[str, Any], cells: list[Cell], folder: Path) -> Outcome:
-    """Every point of the curves, then some clips to draw on what each method left."""
-    outcome = run_cells("curves", cells, folder, workers=Workers.of(params))
-    looks = look_cells(outcome.results, params["looks"], params["seed"])
-    if looks:
-        outcome.add(run_cells("curves", looks, folder, workers=Workers.of(params)))
-        write_status(folder, "curves", outcome.results, outcome.complete, outcome.summary())
-    return outcome
+    int8: traces in 8 bit of the main experiment's median samples. curves: views of some clips. Others have none.
+    """
+    if experiment == "int8":
+        return int8_traces(params, results)
+    if experiment == "curves":
+        return look_cells(results, params["looks"], params["seed"])
+    return []
 
 
 def points_of(params: dict[str, Any]) -> list[CurvePoint]:
@@ -196,23 +185,24 @@ def dse_cells(params: dict[str, Any]) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def int8_cells(params: dict[str, Any], medians: Mapping[tuple[str, str], int | None]) -> list[Cell]:
-    """The cells in 8 bit and those of the main experiment. medians: (model, data set) → the sample that is traced."""
-
-    def accuracy(common: dict[str, Any]) -> list[Cell]:
-        return [make_cell("accuracy", method=method, limit=params["limit"], **common) for method in ("dense", "focus")]
-
+def int8_cells(params: dict[str, Any]) -> list[Cell]:
+    """The cells in 8 bit, and those of the main experiment."""
     cells = []
-    for common in _pairs(params):
-        cells.append(make_cell("trace", method="focus", limit=params["trace_samples"], **common))
-        cells += accuracy(common)
-    for common in _pairs(params):
-        common["quantization"] = params.get("quantization", "int8")
-        cells += accuracy(common)
-        median = medians.get((common["model"], common["dataset"]))
-        if median is not None:
-            cells.append(make_cell("trace", method="focus", limit=params["trace_samples"], sample=median, **common))
+    for quantization in (None, params.get("quantization", "int8")):
+        for common in _pairs(params):
+            if quantization is None:
+                cells.append(make_cell("trace", method="focus", limit=params["trace_samples"], **common))
+            for method in ("dense", "focus"):
+                accuracy = {"method": method, "limit": params["limit"], "quantization": quantization}
+                cells.append(make_cell("accuracy", **accuracy, **common))
     return cells
+
+
+def int8_traces(params: dict[str, Any], results: list[CellResult]) -> list[Cell]:
+    """The traces in 8 bit, each of the sample that the main experiment's trace is of."""
+    traced = [result for result in results if result.cell.kind == "trace" and not result.cell.quantization]
+    quantization = params.get("quantization", "int8")
+    return [replace(one.cell, quantization=quantization, sample=one.median_index) for one in traced]
 
 
 def _no_cells_of_hardware(params: dict[str, Any]) -> list[Cell]:
@@ -234,11 +224,6 @@ def _no_cells_of_speed(params: dict[str, Any]) -> list[Cell]:
     return []
 
 
-def _planned_int8_cells(params: dict[str, Any]) -> list[Cell]:
-    any_median = {(common["model"], common["dataset"]): 0 for common in _pairs(params)}
-    return int8_cells(params, any_median)
-
-
 # experiment → its cells, of checked parameters (see params.py)
 CELLS: dict[str, Callable[[dict[str, Any]], list[Cell]]] = {
     "main": lambda params: comparison_cells(params, traces=True, view=True),
@@ -248,7 +233,7 @@ CELLS: dict[str, Callable[[dict[str, Any]], list[Cell]]] = {
     ),
     "curves": lambda params: curve_cells(list(_pairs(params)), points_of(params), params["limit"]),
     "dse": dse_cells,
-    "int8": _planned_int8_cells,
+    "int8": int8_cells,
     "image": lambda params: comparison_cells(params, traces=True),
     "hardware": _no_cells_of_hardware,
     "speed": _no_cells_of_speed,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from focuslib.errors import UserError
 from focuslib.evaluation.datasets import DATASETS
 from focuslib.evaluation.evaluate import evaluate
 from focuslib.evaluation.sources import require
@@ -21,6 +20,7 @@ from focuslib.experiments.finish import (
     one_line,
     resume,
     trace_file,
+    unsettled,
     write_result,
 )
 from focuslib.experiments.local import LocalEngine
@@ -90,7 +90,7 @@ def run_cells(
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     workers = workers if isinstance(workers, Workers) else Workers(workers)
     with Bar(cells, experiment) as bar:
-        for cell, ran, why in _settle(cells, folder, workers, bar, outcome.refused):
+        for cell, ran, why in settle(_once(cells), folder, workers, bar, outcome.refused):
             outcome.ran += ran
             if why:
                 outcome.failed[cell] = why
@@ -106,37 +106,52 @@ def run_cells(
     return outcome
 
 
-def _settle(cells: list[Cell], folder: Path, workers: Workers, bar: Bar, refused: list[str]) -> Iterator[Settled]:
-    """See to it that every cell has a result, those first that have one already."""
-    left = []
-    for cell in cells:
-        settled = resume(cell, folder)
-        if settled:
-            yield settled
-        else:
-            left.append(cell)
-    for name in dict.fromkeys(cell.dataset for cell in left):
-        try:
-            DATASETS[name].prepare()
-        except (OSError, UserError) as error:  # no place for the data, say
-            why = f"{name}: its data could not be made ({error})"
-            yield from ((cell, False, why) for cell in left if cell.dataset == name)
-            left = [cell for cell in left if cell.dataset != name]
-    alone = [cell for cell in left if cell.kind == "cost"]  # timed on a machine that does nothing else
-    together = [cell for cell in left if cell.kind != "cost"]
-    engine = workers.open() if left else None
-    if engine is not None and (together or workers.engine == "ray"):
+def settle(
+    more: Callable[[], list[Cell]], folder: Path, workers: Workers, bar: Bar, refused: list[str]
+) -> Iterator[Settled]:
+    """See to it that every cell has a result, those first that have one already.
+
+    more: gives the next cells, none when there are no more (see spread).
+    refused: takes a line a worker that was refused.
+    """
+    left: list[Cell] = []
+    while not left and (cells := more()):
+        yield from unsettled(cells, folder, left)
+    if not left:
+        return
+    alone: list[Cell] = []  # timed on a machine that does nothing else
+
+    def together() -> list[Cell]:
+        while cells := left or more():
+            shared = [cell for cell in cells if cell.kind != "cost"]
+            alone.extend(cell for cell in cells if cell.kind == "cost")
+            left.clear()
+            if shared:
+                return shared
+        return []
+
+    engine, loaded = workers.open(), Loader()
+    if engine is None:
+        while cells := together():
+            here: list[Cell] = []
+            yield from unsettled(cells, folder, here)
+            for cell in here:
+                yield cell, *_attempt(cell, folder, loaded)
+    elif (cells := together()) or workers.engine == "ray":  # this machine may have no GPU
+        left += cells
         with engine:
             yield from spread(together, folder, engine, workers.shard, bar)
-            if workers.engine == "ray":  # this machine may have no GPU
-                for cell in alone:
-                    yield from spread([cell], folder, engine, workers.shard, bar)
+            while alone and workers.engine == "ray":
+                yield from spread(_once([alone.pop(0)]), folder, engine, workers.shard, bar)
             refused += engine.refused
-        together = []
-        alone = [] if workers.engine == "ray" else alone
-    loaded = Loader()
-    for cell in together + alone:
+    for cell in alone:
         yield cell, *_attempt(cell, folder, loaded)
+
+
+def _once(cells: list[Cell]) -> Callable[[], list[Cell]]:
+    """Gives the cells when it is asked for the first time."""
+    batches = iter([cells])
+    return lambda: next(batches, [])
 
 
 def _attempt(cell: Cell, folder: Path, loaded: Loader) -> tuple[bool, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,16 @@ from focuslib.evaluation.evaluate import score_answers
 from focuslib.evaluation.journal import Journal, lasting
 from focuslib.evaluation.sources import require
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.engine import Answer, Engine, Fault, Message, Queue, Report
-from focuslib.experiments.finish import Settled, choose_trace, one_line, resume, trace_file, write_result
+from focuslib.experiments.engine import AHEAD, Answer, Engine, Fault, Message, Queue, Report
+from focuslib.experiments.finish import (
+    Settled,
+    choose_trace,
+    one_line,
+    resume,
+    trace_file,
+    unsettled,
+    write_result,
+)
 from focuslib.experiments.progress import Bar
 from focuslib.experiments.published import expected_work, seconds_a_question
 from focuslib.experiments.shards import Question, Shard, questions_of, split
@@ -30,18 +38,20 @@ class CellRun:
     """A cell that is being run: what is known of it, in its work folder.
 
     records: question → the entry of its answer. about: on what it ran. failed: why it will have no result now.
+    claim: keeps other processes from it, and its journal open.
     """
 
-    def __init__(self, cell: Cell, path: Path):
-        self.cell, self.path, self.identity = cell, path, cell.identity()
+    def __init__(self, cell: Cell, path: Path, claim: ExitStack):
+        self.cell, self.path, self.identity, self.claim = cell, path, cell.identity(), claim
         work = work_folder(path)
         self.journal = Journal(work / "journal.jsonl")
+        claim.callback(self.journal.close)
         self.records = {(entry["task"], entry["doc_id"]): entry for entry in self.journal.entries.values()}
         self._about = work / "about.json"
         self.about: dict[str, Any] | None = json.loads(self._about.read_text()) if self._about.exists() else None
         self.content: dict[str, Any] = {}
         self.questions: list[Question] = []
-        self.shards = 0  # that are not done
+        self.shards = self.count = 0  # that are not done; of all that were left
         self.failed: str | None = None
         self.tries: dict[int, tuple[int, int]] = {}  # shard number → faults, questions left at the last one
 
@@ -61,7 +71,7 @@ class CellRun:
             shards = split(self.cell, self.questions, self.records.keys(), size, seconds, self.identity)
         if not shards and self.about is None:
             shards = [Shard(self.cell, 1, 1, (), self.identity)]
-        self.shards = len(shards)
+        self.shards = self.count = len(shards)
         return shards
 
     def keep(self, answer: Answer) -> None:
@@ -107,7 +117,6 @@ class CellRun:
 
     def finish(self) -> None:
         """Score the answers and write the result."""
-        self.journal.close()
         content = self.content
         if not self.cell.looks:
             cell = self.cell
@@ -117,34 +126,26 @@ class CellRun:
         write_result(self.cell, self.path, content, self.about or {})
 
 
-def spread(cells: list[Cell], folder: Path, engine: Engine, size: int | None, bar: Bar) -> Iterator[Settled]:
-    """Run cells on an entered engine; each as it is settled. size: questions a shard (see shards.split).
+def spread(
+    more: Callable[[], list[Cell]], folder: Path, engine: Engine, size: int | None, bar: Bar
+) -> Iterator[Settled]:
+    """Run cells on an entered engine; each is given out as soon as it is settled.
 
+    more: gives the next cells, none when there are no more; it is asked whenever few shards wait, so that no worker
+    waits for the last of the cells before. size: questions a shard (see shards.split).
     Raises UserError if an answer cannot be kept, on a full disk: nothing that is answered from then on would be.
     """
+    runs: dict[Cell, CellRun] = {}
+    queue = Queue()
+    watch = _Watch(engine, runs, bar)
     with ExitStack() as claims:
-        runs: dict[Cell, CellRun] = {}
-        queue = Queue()
-        for cell in cells:
-            try:
-                path = result_file(cell, folder)
-                claims.enter_context(claimed(path))
-                if settled := resume(cell, folder):  # another process was at it
-                    yield settled
-                    continue
-                run = CellRun(cell, path)
-                claims.callback(run.journal.close)
-                shards = run.split(size)
-            except UserError as error:
-                yield cell, False, str(error)
-                continue
-            runs[cell] = run
-            for shard in shards:
-                queue.put(shard)
-            if not shards:  # it was stopped between its last answer and its result
-                yield _settle(run)
-        bar.found(sum(run.work_done for run in runs.values()))
-        watch = _Watch(engine, queue, list(runs.values()), bar)
+
+        def refill() -> Iterator[Settled]:
+            while len(queue) < AHEAD * max(1, engine.workers) and (cells := more()):
+                yield from _begin([cell for cell in cells if cell not in runs], folder, size, queue, runs, claims)
+                bar.found(sum(run.work_done for cell in cells if (run := runs.get(cell))))
+
+        yield from refill()
         for shard, message in engine.run(queue):
             run = runs[shard.cell]
             _take(run, shard, message, queue, folder)
@@ -152,6 +153,35 @@ def spread(cells: list[Cell], folder: Path, engine: Engine, size: int | None, ba
             if not run.shards:
                 yield _settle(run)
                 run.shards = -1
+            yield from refill()
+
+
+def _begin(
+    cells: list[Cell], folder: Path, size: int | None, queue: Queue, runs: dict[Cell, CellRun], claims: ExitStack
+) -> Iterator[Settled]:
+    """Put the shards of cells into the queue; those that have nothing to ask are settled."""
+    left: list[Cell] = []
+    yield from unsettled(cells, folder, left)
+    for cell in left:
+        try:
+            path = result_file(cell, folder)
+            claim = claims.enter_context(ExitStack())
+            claim.enter_context(claimed(path))
+            if settled := resume(cell, folder):  # another process was at it
+                claim.close()
+                yield settled
+                continue
+            run = CellRun(cell, path, claim)
+            shards = run.split(size)
+        except UserError as error:
+            yield cell, False, str(error)
+            continue
+        runs[cell] = run
+        for shard in shards:
+            queue.put(shard)
+        if not shards:  # it was stopped between its last answer and its result
+            yield _settle(run)
+            run.shards = -1
 
 
 def _take(run: CellRun, shard: Shard, message: Message, queue: Queue, folder: Path) -> None:
@@ -173,37 +203,37 @@ def _take(run: CellRun, shard: Shard, message: Message, queue: Queue, folder: Pa
 
 def _settle(run: CellRun) -> Settled:
     """Give a cell whose shards are all done its result."""
-    if run.failed is not None:
-        lacking = len(run.questions) - len(run.records)
-        incomplete = f"; the cell is incomplete, {lacking} of {len(run.questions)} questions are not answered"
-        return run.cell, False, run.failed + (incomplete if run.questions else "")
-    try:
-        run.finish()
-    except Exception as error:  # an unforeseen fault must not cost the other cells
-        return run.cell, False, one_line(error)
-    return run.cell, True, None
+    with run.claim:
+        if run.failed is not None:
+            lacking = len(run.questions) - len(run.records)
+            incomplete = f"; the cell is incomplete, {lacking} of {len(run.questions)} questions are not answered"
+            return run.cell, False, run.failed + (incomplete if run.questions else "")
+        try:
+            run.finish()
+        except Exception as error:  # an unforeseen fault must not cost the other cells
+            return run.cell, False, one_line(error)
+        return run.cell, True, None
 
 
 class _Watch:
-    """Says on the bar how far the shards are."""
+    """Says on the bar how far the shards are of all cells that were begun. runs: those, with more as they are begun."""
 
-    def __init__(self, engine: Engine, queue: Queue, runs: list[CellRun], bar: Bar):
-        self.engine, self.queue, self.runs, self.bar = engine, queue, runs, bar
-        self.count = sum(run.shards for run in runs)
-        self.questions = sum(len(run.questions) for run in runs)
+    def __init__(self, engine: Engine, runs: dict[Cell, CellRun], bar: Bar):
+        self.engine, self.runs, self.bar = engine, runs, bar
 
     def show(self) -> None:
         """Say it, at most some times a second."""
         if not self.bar.due():
             return
-        left = sum(max(run.shards, 0) for run in self.runs)
-        answered = sum(len(run.records) for run in self.runs)
+        runs = self.runs.values()
+        count, left = sum(run.count for run in runs), sum(max(run.shards, 0) for run in runs)
+        answered, asked = sum(len(run.records) for run in runs), sum(len(run.questions) for run in runs)
         at = ", ".join(f"{name} {shard.cell.method} {shard.number}/{shard.count}" for name, shard in self._few())
-        faults = sum(faults for run in self.runs for faults, _ in run.tries.values())
+        faults = sum(faults for run in runs for faults, _ in run.tries.values())
         self.bar.say(
-            f"{self.count - left}/{self.count} shards, {answered}/{self.questions} questions, "
+            f"{count - left}/{count} shards, {answered}/{asked} questions, "
             f"{self.engine.workers} workers ({at}), {faults} faults",
-            sum(run.work_done for run in self.runs),
+            sum(run.work_done for run in runs),
         )
 
     def _few(self) -> list[tuple[str, Shard]]:
