@@ -52,13 +52,33 @@ def test_logits_are_bit_identical(vlm, encoded, monkeypatch):
     assert len(encoded) == 2 * (1 + 4)
 
 
-def test_a_watched_tower_runs(vlm, encoded):
+def test_what_a_watched_tower_showed_is_shown_again(vlm, encoded, monkeypatch):
+    """Bit for bit what the tower shows when it runs, for each prompt alone, at each layer that is watched."""
+    asked = [question("tinyvideo_motion", vlm.name, number) for number in (0, 3, 0)]
+    methods = [VisionZip(), VisionZip(tower_layer=-1)]
+
+    def all_logits():
+        found = []
+        for method in methods:
+            with method(vlm):
+                found += [vlm.prefill(vlm.prepare(media, prompt)) for media, prompt in asked]
+        return found
+
+    first = all_logits()
+    assert len(encoded) == 2 * 2  # two clips, at each layer
+    again = all_logits()
+    assert len(encoded) == 4
+    monkeypatch.setattr(vlm, "store", None)
+    for found in (first, again):
+        assert all(torch.equal(*pair) for pair in zip(found, all_logits(), strict=True))
+    assert not torch.equal(first[0], first[3])
+
+
+def test_features_of_a_tower_that_nothing_watched_do_not_serve_a_method_that_does(vlm, encoded):
     media, prompt = question("tinyvideo_motion", vlm.name, 0)
+    logits(vlm, media, prompt)
     first = logits(vlm, media, prompt, VisionZip())
-    logits(vlm, media, prompt)
-    assert torch.equal(logits(vlm, media, prompt, VisionZip()), first) and len(encoded) == 3
-    logits(vlm, media, prompt)
-    assert len(encoded) == 3  # no longer watched
+    assert torch.equal(logits(vlm, media, prompt, VisionZip()), first) and len(encoded) == 2
 
 
 def test_frames_that_differ_have_features_of_their_own(vlm, encoded):

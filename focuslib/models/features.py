@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from focuslib.models.media import Clip, FrameSampling, read_clip
+from focuslib.prefill.tower import Seen, Tower
 
 LIMIT = 256 << 20  # bytes of everything kept
 SHARE = 64  # what takes more than this part of the limit is not kept: few would fit, and none be met again
@@ -39,12 +40,26 @@ class FeatureStore:
         key = str(file), state.st_size, state.st_mtime_ns, sampling
         return self._get(key, lambda: read_clip(file, sampling), lambda clip: clip.frames.nbytes)
 
-    def features(self, frames: np.ndarray, encode: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """The visual features of frames [F, H, W, 3] uint8, as `encode` gives them; kept in main memory."""
+    def features(
+        self, frames: np.ndarray, encode: Callable[[np.ndarray], Tensor], tower: Tower | None = None
+    ) -> Tensor:
+        """The visual features of frames [F, H, W, 3] uint8, as `encode` gives them; kept in main memory.
+
+        tower: what watches the tower that encodes; where the tower need not run it is shown what was seen before, which
+        stays on its device.
+        """
         if frames.nbytes > self.limit // SHARE:
             return encode(frames)
         key = frames.shape, blake2b(np.ascontiguousarray(frames).data, digest_size=16).digest()
-        return self._get(key, lambda: encode(frames).cpu(), lambda found: found.nbytes)
+        if tower is None:
+            return self._get(key, lambda: encode(frames).cpu(), lambda found: found.nbytes)
+        hits = self.hits
+        features, seen = self._get(
+            (*key, tower.layer), lambda: tower.watching(lambda: encode(frames).cpu()), _bytes_seen
+        )
+        if self.hits > hits:
+            tower.show(seen)
+        return features
 
     def _get(self, key: Hashable, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         if key in self._kept:
@@ -59,3 +74,9 @@ class FeatureStore:
         while self.used > self.limit:
             self.used -= self._kept.popitem(last=False)[1][1]
         return value
+
+
+def _bytes_seen(watched: tuple[Tensor, Seen]) -> int:
+    """Of features, and of what was seen of the tower."""
+    features, (pictures, _) = watched
+    return features.nbytes + sum(picture.received.nbytes + picture.keys.nbytes for picture in pictures)

@@ -20,7 +20,7 @@ from focuslib.grid import VisualGrid
 from focuslib.models.base import ASSISTANT, SYSTEM, VLM, Inputs, Media
 from focuslib.models.checkpoint import Architecture, qwen2_config, read_json
 from focuslib.models.layout import TokenLayout, tiles_layout
-from focuslib.prefill.tower import is_watched
+from focuslib.prefill.tower import watched_tower
 
 # Original (lmms-lab) parameter names → transformers names. The patterns exclude each other, so their order is free.
 KEY_MAPPING = {
@@ -101,13 +101,11 @@ class Llava(VLM):
         return self.assemble_ids(before, self.video_features(opened), after, len(opened))
 
     def video_features(self, frames: np.ndarray) -> Tensor:
-        """Frames [F, H, W, 3] uint8 → the visual features with their newlines [T, D], from the store if there.
-
-        A method that watches the tower has it run all the same.
-        """
-        if self.store is None or is_watched(self.model):
-            return self.encode_video(self.pixel_values(frames))
-        return self.store.features(frames, lambda frames: self.encode_video(self.pixel_values(frames)))
+        """Frames [F, H, W, 3] uint8 → the visual features with their newlines [T, D], from the store if there."""
+        encode = lambda frames: self.encode_video(self.pixel_values(frames))  # noqa: E731
+        if self.store is None:
+            return encode(frames)
+        return self.store.features(frames, encode, watched_tower(self.model))
 
     def pixel_values(self, frames: np.ndarray) -> Tensor:
         """Frames [F, H, W, 3] uint8 → [F, 3, side, side] in [−1, 1]: bicubic, without keeping the aspect ratio."""

@@ -3,7 +3,7 @@
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from focuslib.errors import UserError
 
 _watched: WeakKeyDictionary[nn.Module, "Tower"] = WeakKeyDictionary()  # by attention module
+Seen = tuple[tuple["Picture", ...], Tensor | None]  # pictures, and their order
 Shapes = Sequence[tuple[int, int]]  # rows and columns of tokens of each picture (frame) that the language model sees
 
 
@@ -38,10 +39,11 @@ class Picture:
 class Tower:
     """Watches one layer of a vision tower; what it saw is kept until the tower runs again after a prefill.
 
-    blocks: whether the patches of one token stand together, as in towers that merge them themselves.
+    layer: which one. blocks: whether the patches of one token stand together, as in towers that merge them themselves.
     order: where it reorders its tokens into windows, the place of each; else None.
     """
 
+    layer: int
     blocks: bool
     base: Any = None  # the layer's own attention function
     pictures: list[Picture] = field(default_factory=list)
@@ -50,8 +52,7 @@ class Tower:
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         """The attention function of that layer: q, k [B, H, N, d]."""
-        if self.done:
-            self.pictures, self.done = [], False
+        self._forget()
         scaling = kwargs.get("scaling") or q.shape[-1] ** -0.5
         for index in range(len(q)):
             added = None if mask is None else mask[index]
@@ -62,6 +63,24 @@ class Tower:
         """The tower's own reordering into windows, whose order is noted."""
         self.order = window_index
         return own(x, window_index, *args, **kwargs)
+
+    def watching(self, run: Callable[[], Tensor]) -> tuple[Tensor, Seen]:
+        """What running the tower gives, and what was seen of it, to be shown again instead of running it."""
+        self._forget()
+        before = len(self.pictures)
+        result = run()
+        return result, (tuple(self.pictures[before:]), self.order)
+
+    def show(self, seen: Seen) -> None:
+        """As if the tower had run now, and this was seen."""
+        self._forget()
+        pictures, self.order = seen
+        self.pictures.extend(pictures)
+
+    def _forget(self) -> None:
+        """What belongs to a prompt before goes when the tower runs again."""
+        if self.done:
+            self.pictures, self.done = [], False
 
     def pooled(self, shapes: Shapes) -> Picture:
         """The attention [S] and keys [S, d] of the tokens of all pictures, one after another.
@@ -145,7 +164,7 @@ def watch(model: nn.Module, decoder: nn.Module, layer: int, undo: ExitStack) -> 
     attention = _attention_of(layers[layer])
     if attention is None:
         raise UserError(f"{name}: {type(layers[layer]).__name__} calls none of transformers' attention functions")
-    tower = Tower(blocks=hasattr(owner, "spatial_merge_size") or _unshuffles(model, owner))
+    tower = Tower(layer, blocks=hasattr(owner, "spatial_merge_size") or _unshuffles(model, owner))
     implementation = attention.config._attn_implementation
     eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     tower.base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -164,9 +183,9 @@ def watch(model: nn.Module, decoder: nn.Module, layer: int, undo: ExitStack) -> 
     return tower
 
 
-def is_watched(model: nn.Module) -> bool:
-    """Whether a layer of the model's vision tower is being watched, so that the tower must run."""
-    return any(module in _watched for module in model.modules()) if _watched else False
+def watched_tower(model: nn.Module) -> Tower | None:
+    """What watches a layer of the model's vision tower; None: nothing does."""
+    return next((_watched[module] for module in model.modules() if module in _watched), None) if _watched else None
 
 
 def find_tower(model: nn.Module, decoder: nn.Module) -> tuple[str, Any, nn.ModuleList]:
