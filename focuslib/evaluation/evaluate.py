@@ -45,6 +45,7 @@ def evaluate(
     *,
     limit: int | None = None,
     journal: Path | None = None,
+    known: dict[tuple[str, int], dict[str, Any]] | None = None,
     save_trace: Callable[[str, int, Run], None] | None = None,
     seed: int = 0,
     blank: bool = False,
@@ -52,7 +53,8 @@ def evaluate(
     """Score a method on a data set with lmms-eval. limit: the first so many questions of each task (those of
     the embedded benchmark are dealt so that these are a stratified sample; the paper takes the first of stock tasks).
 
-    journal: a file of answered requests; a run that was killed goes on from it. save_trace: called with the task, the
+    journal: a file of answered requests; a run that was killed goes on from it. known: (task, doc_id) → entry of
+    answers that are there already (see entry_of). save_trace: called with the task, the
     question's number and the run, after each answer. blank: grey pictures are shown instead of the media.
     Raises UserError if the data set is not on this disk.
     """
@@ -61,7 +63,7 @@ def evaluate(
 
     log = Journal(journal) if journal else None
     try:
-        model = FocusLmms(vlm, method, journal=log, save_trace=save_trace, blank=blank)
+        model = FocusLmms(vlm, method, journal=log, known=known, save_trace=save_trace, blank=blank)
         return _score(model, vlm.name, dataset, limit, seed)
     finally:
         if log:
@@ -79,6 +81,12 @@ def score_answers(
     from focuslib.evaluation.lmms import AnsweredLmms
 
     return _score(AnsweredLmms(records), model, dataset, limit, seed)
+
+
+def entry_of(sample: dict[str, Any]) -> dict[str, Any]:
+    """What was kept of a sample's answer, as FocusLmms.entries gave it, but for its key: it stands after the score."""
+    names = list(sample)
+    return {name: sample[name] for name in ("task", "doc_id", *names[names.index("score") + 1 :])}
 
 
 def whole_groups(limit: int | None, dataset: Dataset) -> int | None:

@@ -23,8 +23,10 @@ from focuslib.experiments.finish import (
     unsettled,
     write_result,
 )
+from focuslib.experiments.known import Known
 from focuslib.experiments.local import LocalEngine
 from focuslib.experiments.progress import Bar
+from focuslib.experiments.shards import Question
 from focuslib.experiments.single import measure_cost, record_view
 from focuslib.experiments.spread import spread
 from focuslib.experiments.store import (
@@ -130,22 +132,22 @@ def settle(
                 return shared
         return []
 
-    engine, loaded = workers.open(), Loader()
+    engine, loaded, known = workers.open(), Loader(), Known(folder)
     if engine is None:
         while cells := together():
             here: list[Cell] = []
             yield from unsettled(cells, folder, here)
             for cell in here:
-                yield cell, *_attempt(cell, folder, loaded)
+                yield cell, *_attempt(cell, known, loaded)
     elif (cells := together()) or workers.engine == "ray":  # this machine may have no GPU
         left += cells
         with engine:
-            yield from spread(together, folder, engine, workers.shard, bar)
+            yield from spread(together, known, engine, workers.shard, bar)
             while alone and workers.engine == "ray":
-                yield from spread(_once([alone.pop(0)]), folder, engine, workers.shard, bar)
+                yield from spread(_once([alone.pop(0)]), known, engine, workers.shard, bar)
             refused += engine.refused
     for cell in alone:
-        yield cell, *_attempt(cell, folder, loaded)
+        yield cell, *_attempt(cell, known, loaded)
 
 
 def _once(cells: list[Cell]) -> Callable[[], list[Cell]]:
@@ -154,26 +156,28 @@ def _once(cells: list[Cell]) -> Callable[[], list[Cell]]:
     return lambda: next(batches, [])
 
 
-def _attempt(cell: Cell, folder: Path, loaded: Loader) -> tuple[bool, str | None]:
+def _attempt(cell: Cell, known: Known, loaded: Loader) -> tuple[bool, str | None]:
     """Run a cell. Returns whether it has a result now, and else why not."""
     try:
-        path = result_file(cell, folder)
+        path = result_file(cell, known.folder)
         with claimed(path):
-            if resume(cell, folder):  # another process was at it
+            if resume(cell, known.folder):  # another process was at it
                 return False, None
-            _run(cell, path, loaded)
+            _run(cell, path, loaded, known.answers(cell))
     except Exception as error:  # an unforeseen fault must not cost the other cells
         return False, one_line(error)
     return True, None
 
 
-def _run(cell: Cell, path: Path, loaded: Loader) -> None:
+def _run(cell: Cell, path: Path, loaded: Loader, known: dict[Question, dict[str, Any]]) -> None:
     """Run one cell and write its result."""
     require(DATASETS[cell.dataset])  # before a model is loaded in vain
     vlm = loaded(cell)
     start = time.time()
-    content = _look(cell, path, vlm) if cell.looks else _score(cell, path, vlm)
-    write_result(cell, path, content, {**describe_run(vlm, cell), "seconds": time.time() - start})
+    content = _look(cell, path, vlm) if cell.looks else _score(cell, path, vlm, known)
+    about = {**describe_run(vlm, cell), "seconds": time.time() - start}
+    shared = sum((sample["task"], sample["doc_id"]) in known for sample in content.get("samples", ()))
+    write_result(cell, path, content, about | ({"shared": shared} if shared else {}))
 
 
 def _look(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def _look(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
     return {"view": view.name}
 
 
-def _score(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
+def _score(cell: Cell, path: Path, vlm: VLM, known: dict[Question, dict[str, Any]]) -> dict[str, Any]:
     """What a cell that asks questions gives; what was answered before a crash is taken from its journal."""
     keep = (lambda task, doc, run: run.trace.save(trace_file(path, task, doc))) if cell.kind == "trace" else None
     evaluation = evaluate(
@@ -194,6 +198,7 @@ def _score(cell: Cell, path: Path, vlm: VLM) -> dict[str, Any]:
         DATASETS[cell.dataset],
         limit=cell.limit,
         journal=work_folder(path) / "journal.jsonl",
+        known=known,
         save_trace=keep,
         seed=cell.seed,
         blank=cell.kind == "blank",

@@ -24,6 +24,7 @@ from focuslib.experiments.finish import (
     unsettled,
     write_result,
 )
+from focuslib.experiments.known import Known
 from focuslib.experiments.progress import Bar
 from focuslib.experiments.published import expected_work, seconds_a_question
 from focuslib.experiments.shards import Question, Shard, questions_of, split
@@ -38,15 +39,16 @@ class CellRun:
     """A cell that is being run: what is known of it, in its work folder.
 
     records: question → the entry of its answer. about: on what it ran. failed: why it will have no result now.
-    claim: keeps other processes from it, and its journal open.
+    known: further answers, that other cells have. claim: keeps other processes from it, and its journal open.
     """
 
-    def __init__(self, cell: Cell, path: Path, claim: ExitStack):
+    def __init__(self, cell: Cell, path: Path, claim: ExitStack, known: dict[Question, dict[str, Any]]):
         self.cell, self.path, self.identity, self.claim = cell, path, cell.identity(), claim
         work = work_folder(path)
         self.journal = Journal(work / "journal.jsonl")
         claim.callback(self.journal.close)
         self.records = {(entry["task"], entry["doc_id"]): entry for entry in self.journal.entries.values()}
+        self.known = {question: entry for question, entry in known.items() if question not in self.records}
         self._about = work / "about.json"
         self.about: dict[str, Any] | None = json.loads(self._about.read_text()) if self._about.exists() else None
         self.content: dict[str, Any] = {}
@@ -67,6 +69,8 @@ class CellRun:
         shards = []
         if not self.cell.looks:
             self.questions = questions_of(self.cell)
+            self.known = {question: self.known[question] for question in self.questions if question in self.known}
+            self.records |= self.known
             seconds = seconds_a_question(self.cell)
             shards = split(self.cell, self.questions, self.records.keys(), size, seconds, self.identity)
         if not shards and self.about is None:
@@ -123,16 +127,18 @@ class CellRun:
             dataset = DATASETS[cell.dataset]
             found = score_answers(cell.model, dataset, self.records, limit=cell.limit, seed=cell.seed)
             content = {**found.to_dict(), **choose_trace(cell, self.path, found.samples)}
-        write_result(self.cell, self.path, content, self.about or {})
+        shared = {"shared": len(self.known)} if self.known else {}
+        write_result(self.cell, self.path, content, {**(self.about or {}), **shared})
 
 
 def spread(
-    more: Callable[[], list[Cell]], folder: Path, engine: Engine, size: int | None, bar: Bar
+    more: Callable[[], list[Cell]], known: Known, engine: Engine, size: int | None, bar: Bar
 ) -> Iterator[Settled]:
     """Run cells on an entered engine; each is given out as soon as it is settled.
 
     more: gives the next cells, none when there are no more; it is asked whenever few shards wait, so that no worker
-    waits for the last of the cells before. size: questions a shard (see shards.split).
+    waits for the last of the cells before. known: the results folder, and what is known there.
+    size: questions a shard (see shards.split).
     Raises UserError if an answer cannot be kept, on a full disk: nothing that is answered from then on would be.
     """
     runs: dict[Cell, CellRun] = {}
@@ -142,13 +148,13 @@ def spread(
 
         def refill() -> Iterator[Settled]:
             while len(queue) < AHEAD * max(1, engine.workers) and (cells := more()):
-                yield from _begin([cell for cell in cells if cell not in runs], folder, size, queue, runs, claims)
+                yield from _begin([cell for cell in cells if cell not in runs], known, size, queue, runs, claims)
                 bar.found(sum(run.work_done for cell in cells if (run := runs.get(cell))))
 
         yield from refill()
         for shard, message in engine.run(queue):
             run = runs[shard.cell]
-            _take(run, shard, message, queue, folder)
+            _take(run, shard, message, queue, known.folder)
             watch.show()
             if not run.shards:
                 yield _settle(run)
@@ -157,10 +163,11 @@ def spread(
 
 
 def _begin(
-    cells: list[Cell], folder: Path, size: int | None, queue: Queue, runs: dict[Cell, CellRun], claims: ExitStack
+    cells: list[Cell], known: Known, size: int | None, queue: Queue, runs: dict[Cell, CellRun], claims: ExitStack
 ) -> Iterator[Settled]:
     """Put the shards of cells into the queue; those that have nothing to ask are settled."""
     left: list[Cell] = []
+    folder = known.folder
     yield from unsettled(cells, folder, left)
     for cell in left:
         try:
@@ -171,7 +178,7 @@ def _begin(
                 claim.close()
                 yield settled
                 continue
-            run = CellRun(cell, path, claim)
+            run = CellRun(cell, path, claim, known.answers(cell))
             shards = run.split(size)
         except UserError as error:
             yield cell, False, str(error)
