@@ -308,8 +308,8 @@ def reproduce(
 ) -> int:
     """Run the experiment notebooks.
 
-    They are executed with a profile's parameters. Cells with a result are not run again, and without --only a notebook
-    that would be made again as it is stays.
+    Their cells are run with a profile's parameters, and each notebook is executed once its cells have their results.
+    Cells with a result are not run again, and without --only a notebook that would be made again as it is stays.
     """
     from focuslib.experiments.reproduce import reproduce
 
