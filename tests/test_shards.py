@@ -18,7 +18,7 @@ from focuslib.evaluation.evaluate import evaluate, score_answers
 from focuslib.evaluation.journal import Journal
 from focuslib.experiments import runner
 from focuslib.experiments.cell import make_cell
-from focuslib.experiments.engine import Answer, Fault, Queue, Report, messages, refuse_rest
+from focuslib.experiments.engine import NEAR, Answer, Fault, Held, Queue, Report, messages, refuse_rest
 from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.shards import Needs, needs_of, questions_of, shard_size, split
 from focuslib.experiments.worker import Worker, load_cell
@@ -87,15 +87,8 @@ def contents(folder):
     for path in [*folder.glob("cells/*"), *folder.glob("*.pth")]:
         if path.suffix == ".json":
             value = json.loads(path.read_text())
-            assert set(value.pop("provenance")) == {
-                "packages",
-                "python",
-                "git",
-                "device",
-                "cores",
-                "seconds",
-                "linear_layers",
-            }
+            said = {"packages", "python", "git", "device", "cores", "seconds", "linear_layers"}
+            assert set(value.pop("provenance")) - {"shared"} == said
             for sample in value["samples"]:
                 assert sample.pop("seconds") > 0
             found[path.name] = json.dumps(value)  # the order of names counts too
@@ -194,13 +187,38 @@ def test_the_size_of_a_shard_follows_the_seconds():
 def test_a_worker_goes_on_with_its_model(tmp_path):
     one, two = shards_of(tmp_path, 3), shards_of(tmp_path, 4, model="llava_vid")
     queue = Queue(one + two)
-    first, second = queue.take(), queue.take()
-    assert first is two[0] and second is one[0]  # most waits of this one; then of the other, for each worker at it
-    assert queue.take(first.model) is two[1] and queue.take(second.model) is one[1]
+    first, second = Held(), Held()
+    assert queue.take(first) is two[0]  # most waits of this one
+    assert queue.take(second) is one[0]  # of the other, for each worker at it
+    assert queue.take(first) is two[1] and queue.take(second) is one[1]
     queue.put(two[1], first=True)
-    assert queue.take(first.model) is two[1] and len(queue) == 3
-    assert queue.drop(two[0].cell) == 2 and queue.take(first.model) is one[2]
+    assert queue.take(first) is two[1] and len(queue) == 3
+    assert queue.drop(two[0].cell) == 2 and queue.take(first) is one[2]
+    assert first.model == second.model == one[0].model
     assert queue.take() is None and queue.groups() == {}
+
+
+def test_a_worker_is_asked_again_about_the_clips_it_has(tmp_path):
+    cells = [shards_of(tmp_path, 4) for _ in range(4)]
+    queue = Queue(shard for shards in cells for shard in shards)
+    first, second = Held(), Held()
+    assert [queue.take(first), queue.take(second)] == cells[0][:2]
+    assert [queue.take(second), queue.take(first)] == cells[0][2:]  # the first cell comes first
+    assert [queue.take(second), queue.take(first)] == [cells[1][1], cells[1][0]]
+    assert [queue.take(second) for _ in range(5)] == [cells[n][i] for n, i in ((1, 2), (2, 1), (2, 2), (3, 1), (3, 2))]
+    assert queue.take(second) is cells[1][3]  # better than nothing, though the other has its clips
+    queue.take_back([cells[1][0]], first)
+    assert first == Held()  # a process that is started again has nothing, so that anyone may have what it had
+    assert [queue.take(second) for _ in range(2)] == [cells[1][0], cells[2][0]]
+    assert [queue.take(first) for _ in range(3)] == [cells[2][3], cells[3][3], cells[3][0]]
+    assert queue.take(second) is queue.take(first) is None
+
+
+def test_only_shards_that_are_soon_due_are_looked_at(tmp_path):
+    many = shards_of(tmp_path / "a", NEAR + 3)
+    queue, held = Queue(many), Held(many[0].model, {*many[NEAR].questions})
+    assert queue.take(held) is many[0]
+    assert queue.take(held) is many[NEAR]
 
 
 def test_models_say_what_they_need():

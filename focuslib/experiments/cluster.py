@@ -14,6 +14,7 @@ from focuslib.experiments.engine import (
     DIED,
     STARTS,
     Fault,
+    Held,
     Message,
     Queue,
     Refused,
@@ -24,7 +25,7 @@ from focuslib.experiments.engine import (
     refuse_rest,
 )
 from focuslib.experiments.identity import package_versions, source_digest
-from focuslib.experiments.shards import Model, Shard
+from focuslib.experiments.shards import Shard
 from focuslib.experiments.worker import Worker
 from focuslib.models.base import Needs
 
@@ -91,7 +92,7 @@ class RayEngine:
         for hand in list(self._hands):
             if groups and not hand.given and hand.needs not in groups:  # its place may be needed by others
                 self._hands.remove(hand)
-                queue.let_go(hand.holds)
+                queue.let_go(hand.held)
                 hand.end()
         for needs, shards in groups.items():
             there = sum(hand.needs == needs for hand in self._hands)
@@ -101,7 +102,7 @@ class RayEngine:
     def _feed(self, hand: _Hand, queue: Queue) -> None:
         """Give a worker the next shard, and one ahead while there are enough for the others."""
         while hand.starting is None and len(hand.given) < (AHEAD if len(queue) >= len(self._hands) else 1):
-            shard = queue.take(hand.holds, hand.needs)
+            shard = queue.take(hand.held, hand.needs)
             if shard is None:
                 return
             hand.give(shard)
@@ -137,9 +138,8 @@ class RayEngine:
         yield shard, message
 
     def _take_back(self, hand: _Hand, queue: Queue, shards: list[Shard]) -> None:
-        queue.take_back(shards, hand.holds)
+        queue.take_back(shards, hand.held)
         hand.given.clear()
-        hand.holds = None
         self.running.pop(hand.name, None)
 
 
@@ -154,7 +154,7 @@ class _Hand:
         self.ray, self.needs, self.make = ray, needs, make
         self.name, self.starts = "", 0
         self.given: deque[tuple[Shard, Any]] = deque()
-        self.holds: Model | None = None
+        self.held = Held()
         self.starting: Any = None
         self.start()
 
@@ -180,7 +180,6 @@ class _Hand:
 
     def give(self, shard: Shard) -> None:
         """Send a shard, behind those the worker has."""
-        self.holds = shard.model
         self.given.append((shard, self.actor.answer.options(num_returns="streaming").remote(shard)))
 
     def next(self) -> Message | None:

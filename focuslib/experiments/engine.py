@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from focuslib.errors import UserError
 from focuslib.experiments.cell import Cell
 from focuslib.experiments.finish import one_line
-from focuslib.experiments.shards import Model, Shard, needs_of
+from focuslib.experiments.shards import Model, Question, Shard, needs_of
 from focuslib.models.base import Needs
 
 AHEAD = 2  # shards that a worker is given at a time: it need not wait for the driver between them
+NEAR = 16  # shards, the first of a model, of which a worker is given one that it has the clips of
 STARTS = 3  # of a worker, one after another, before it is given up
 DIED = "its process died, perhaps for want of memory; run again, with fewer workers"
 
@@ -113,17 +115,27 @@ def refuse_rest(queue: Queue, refused: list[str]) -> Iterator[tuple[Shard, Messa
         yield shard, Fault(refused[-1] if refused else "there is no worker", again=False)
 
 
+@dataclass
+class Held:
+    """What a worker has in memory: a model, and the clips of what it was asked with that, as far as they fit."""
+
+    model: Model | None = None
+    asked: set[Question] = field(default_factory=set)
+
+
 class Queue:
     """Shards that wait for a worker.
 
     A worker goes on with the model it holds. One that has none, or whose model's shards are all taken, gets the model
-    of which most seconds wait for each worker that would then be at it.
+    of which most seconds wait for each worker that would then be at it. It goes on with the clips that it has, too
+    (see models.features), as far as the order of cells allows.
     """
 
     def __init__(self, shards: Iterable[Shard] = ()):
         self._waiting: dict[Model, deque[Shard]] = {}
         self._seconds: defaultdict[Model, float] = defaultdict(float)
         self._holders: Counter[Model] = Counter()
+        self._asked: defaultdict[Model, set[Question]] = defaultdict(set)  # of any worker that holds the model
         for shard in shards:
             self.put(shard)
 
@@ -136,30 +148,40 @@ class Queue:
         line.appendleft(shard) if first else line.append(shard)
         self._seconds[shard.model] += shard.expected
 
-    def take(self, holds: Model | None = None, needs: Needs | None = None) -> Shard | None:
-        """The next shard of a worker that holds a model; None: there is none. needs: only of models that need this."""
+    def take(self, held: Held | None = None, needs: Needs | None = None) -> Shard | None:
+        """The next shard of a worker; None: there is none.
+
+        held: what the worker holds, to which the shard is added; None: nothing. needs: only of models that need this.
+        """
+        held = held or Held()
         open_ = [model for model, line in self._waiting.items() if line and needs in (None, needs_of(model))]
         if not open_:
             return None
-        chosen = holds
-        if chosen not in open_:
-            chosen = max(open_, key=lambda model: self._seconds[model] / (1 + self._holders[model]))
-            self.let_go(holds)
-            self._holders[chosen] += 1
-        shard = self._waiting[chosen].popleft()
-        self._seconds[chosen] -= shard.expected
+        if held.model not in open_:
+            self.let_go(held)
+            held.model = max(open_, key=lambda model: self._seconds[model] / (1 + self._holders[model]))
+            self._holders[held.model] += 1
+        line = self._waiting[held.model]
+        shard = _choose(line, held.asked, self._asked[held.model])
+        line.remove(shard)
+        self._seconds[held.model] -= shard.expected
+        held.asked.update(shard.questions)
+        self._asked[held.model].update(shard.questions)
         return shard
 
-    def take_back(self, shards: Sequence[Shard], holds: Model | None) -> None:
-        """What a worker that ended was given and did not answer, in its order, before all others; and its model."""
+    def take_back(self, shards: Sequence[Shard], held: Held) -> None:
+        """What a worker that ended was given and did not answer, in its order, before all others; it holds nothing."""
         for shard in reversed(shards):
             self.put(shard, first=True)
-        self.let_go(holds)
+        self.let_go(held)
 
-    def let_go(self, model: Model | None) -> None:
-        """A worker holds this model no longer: it took another, or it ended."""
-        if model is not None:
-            self._holders[model] -= 1
+    def let_go(self, held: Held) -> None:
+        """A worker holds its model no longer: it takes another, or it ended."""
+        if held.model is not None:
+            self._holders[held.model] -= 1
+            self._asked[held.model] -= held.asked
+        held.model = None
+        held.asked.clear()
 
     def drop(self, cell: Cell) -> int:
         """Take a cell's shards out; returns how many there were."""
@@ -176,3 +198,12 @@ class Queue:
             if line:
                 counts[needs_of(model)] += len(line)
         return dict(counts)
+
+
+def _choose(line: deque[Shard], mine: set[Question], anyones: set[Question]) -> Shard:
+    """One of the first shards: of the first cell, with clips that the worker has, or none has; else of a later cell."""
+    near = list(islice(line, NEAR))
+    first = [shard for shard in near if shard.cell is near[0].cell]
+    own = [[shard for shard in some if not mine.isdisjoint(shard.questions)] for some in (first, near)]
+    new = [shard for shard in first if anyones.isdisjoint(shard.questions)]
+    return next(chain(own[0], new, own[1], near))

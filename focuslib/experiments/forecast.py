@@ -12,11 +12,11 @@ import pandas as pd
 
 from focuslib.errors import UserError
 from focuslib.experiments.cell import Cell
-from focuslib.experiments.engine import AHEAD, Answer, Queue
+from focuslib.experiments.engine import AHEAD, Answer, Held, Queue
 from focuslib.experiments.paper import plan, sweep_points
 from focuslib.experiments.params import EXPERIMENTS
 from focuslib.experiments.published import published_cost, published_questions, seconds_a_question
-from focuslib.experiments.shards import Model, Question, Shard, questions_of, split
+from focuslib.experiments.shards import Question, Shard, questions_of, split
 from focuslib.experiments.worker import Worker
 from focuslib.paths import params_folder
 
@@ -73,18 +73,19 @@ class Forecast:
 def simulate(notebooks: list[list[Shard]], workers: int, loading: float) -> float:
     """Seconds until workers, who take shards as those of an engine do, have done those of all notebooks."""
     queue, end, coming = Queue(), 0.0, iter(notebooks)
-    free: list[tuple[float, int, Model | None]] = [(0.0, number, None) for number in range(workers)]
+    free, all_held = [(0.0, number) for number in range(workers)], [Held() for _ in range(workers)]
     while free:
-        now, number, holds = heapq.heappop(free)
+        now, number = heapq.heappop(free)
+        held = all_held[number]
         while len(queue) < AHEAD * workers and (shards := next(coming, None)) is not None:
             for shard in shards:
                 queue.put(shard)
-        shard = queue.take(holds)
+        before, shard = held.model, queue.take(held)
         if shard is None:
             continue  # there is nothing more for it
-        now += shard.expected + (loading if shard.model != holds else 0.0)
+        now += shard.expected + (loading if shard.model != before else 0.0)
         end = max(end, now)
-        heapq.heappush(free, (now, number, shard.model))
+        heapq.heappush(free, (now, number))
     return end
 
 

@@ -19,6 +19,7 @@ from focuslib.experiments.engine import (
     DIED,
     STARTS,
     Fault,
+    Held,
     Message,
     Queue,
     Refused,
@@ -28,7 +29,7 @@ from focuslib.experiments.engine import (
     not_started,
     refuse_rest,
 )
-from focuslib.experiments.shards import Model, Shard
+from focuslib.experiments.shards import Shard
 from focuslib.experiments.worker import Worker
 
 _ENDS_FIRST = "its error is above; a script that starts workers runs under `if __name__ == '__main__':`"
@@ -72,7 +73,7 @@ class LocalEngine:
     def _feed(self, hand: _Hand, queue: Queue) -> None:
         """Give a worker the next shard, and one ahead while there are enough for the others."""
         while len(hand.given) < (AHEAD if len(queue) >= self.count else 1):
-            shard = queue.take(hand.holds)
+            shard = queue.take(hand.held)
             if shard is None:
                 return
             try:
@@ -82,7 +83,6 @@ class LocalEngine:
                 if not hand.given:
                     self._renew(hand)
                 return
-            hand.holds = shard.model
             hand.given.append(shard)
             self.running[hand.name] = hand.given[0]
 
@@ -126,9 +126,8 @@ class LocalEngine:
             self.refused.append(not_started(_ENDS_FIRST))
 
     def _take_back(self, hand: _Hand, queue: Queue) -> None:
-        queue.take_back(hand.given, hand.holds)
+        queue.take_back(hand.given, hand.held)
         hand.given.clear()
-        hand.holds = None
         self.running.pop(hand.name, None)
 
 
@@ -142,7 +141,7 @@ class _Hand:
         self.number, self.count, self.make = number, count, make
         self.name = f"worker {number}"
         self.given: deque[Shard] = deque()
-        self.holds: Model | None = None
+        self.held = Held()
         self.starts = 0
         self.start()
 

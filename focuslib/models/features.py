@@ -14,7 +14,7 @@ from torch import Tensor
 from focuslib.models.media import Clip, FrameSampling, read_clip
 from focuslib.prefill.tower import Seen, Tower
 
-LIMIT = 256 << 20  # bytes of everything kept
+LIMIT = 512 << 20  # bytes of everything kept
 SHARE = 64  # what takes more than this part of the limit is not kept: few would fit, and none be met again
 
 
