@@ -7,7 +7,7 @@ import pytest
 from test_shards import Here
 from tiny_models import untrained_checkpoint
 
-from focuslib.experiments import runner
+from focuslib.experiments import runner, spread
 from focuslib.experiments.cell import make_cell
 from focuslib.experiments.runner import Workers, run_cells
 from focuslib.experiments.store import result_file
@@ -32,10 +32,10 @@ def asked(monkeypatch):
     return marks
 
 
-def run(cell, folder, workers=1) -> dict:
-    """Its result, without what no two runs share."""
-    outcome = run_cells("main", [cell], folder, workers=Workers(workers, shard=2))
-    assert not outcome.failed
+def run(cell, folder, workers=1, before=()) -> dict:
+    """Its result, without what no two runs share. before: cells that are run with it."""
+    outcome = run_cells("main", [*before, cell], folder, workers=Workers(workers, shard=2))
+    assert cell not in outcome.failed
     value = json.loads(result_file(cell, folder).read_text())
     value["provenance"].pop("seconds")
     for sample in value["samples"]:
@@ -56,6 +56,23 @@ def test_what_was_asked_is_not_asked_again(cell, asked, tmp_path, workers, chang
     alone = run(other, tmp_path / "other", workers)
     assert json.dumps(found) == json.dumps(alone)  # the order of names too
     assert len(asked) == other.limit
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("other", [{"kind": "trace", "limit": 2}, {"kind": "sparsity", "limit": 3}, {"limit": 5}])
+def test_what_another_cell_of_the_same_run_asks_is_not_asked_again(cell, asked, tmp_path, workers, other):
+    other, cell = replace(cell, **other), replace(cell, limit=7)
+    found = run(cell, tmp_path / "both", workers, before=[other])
+    assert len(asked) == 7
+    assert found["provenance"].pop("shared") == other.limit
+    assert json.dumps(found) == json.dumps(run(cell, tmp_path / "alone", workers))
+
+
+def test_what_the_other_cell_did_not_answer_is_asked(cell, asked, tmp_path, monkeypatch):
+    original = spread.choose_trace  # the last that is done for a trace
+    monkeypatch.setattr(spread, "choose_trace", lambda of, *a: 1 / 0 if of.kind == "trace" else original(of, *a))
+    found = run(replace(cell, limit=4), tmp_path, 2, before=[replace(cell, kind="trace", limit=2)])
+    assert len(asked) == 6 and len(found["samples"]) == 4 and "shared" not in found["provenance"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

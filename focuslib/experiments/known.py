@@ -1,4 +1,4 @@
-"""Answers that another cell has: of a limit that grew, or of a comparison that asks fewer of the same questions."""
+"""Answers that another cell has: of a limit that grew, or of a comparison or a trace of the same questions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from focuslib.experiments.cell import Cell
 from focuslib.experiments.shards import Question
 from focuslib.experiments.store import read_result, result_file
 
-SHARING = (
-    "accuracy",
-    "matched",
-    "ablation",
-    "sparsity",
-    "blank",
-)  # kinds of cells whose answers are all that they give
+SHARING = ("accuracy", "matched", "ablation", "sparsity", "blank")  # kinds of cells whose answers are all they give
+GIVING = (*SHARING, "trace")  # those of use to others: a trace is of a run of its own, its answers are as any
 
 
 class Known:
@@ -30,27 +25,32 @@ class Known:
 
     def answers(self, cell: Cell) -> dict[Question, dict[str, Any]]:
         """Question → entry of its answer, of those that a cell's model, method and settings gave before."""
+        found: dict[Question, dict[str, Any]] = {}
         if cell.kind not in SHARING:
-            return {}
-        found, wanted = {}, _asks(cell)
+            return found
         for path in (self.folder / "cells").glob(f"*_{cell.model}_{cell.dataset}_{cell.method}_*.json"):
             if path not in self._cells:
                 self._cells[path] = self._current(path)
             other = self._cells[path]
-            if other is not None and _asks(other) == wanted:
+            if other is not None and gives(other, cell):
                 for sample in read_result(path).answered:
                     found[sample["task"], sample["doc_id"]] = entry_of(sample)
         return found
 
     def _current(self, path: Path) -> Cell | None:
         """The cell of a result file, if a result of now would have its name: of the same sources, weights and data."""
-        if not path.name.startswith(tuple(f"{kind}_" for kind in SHARING)):
+        if not path.name.startswith(tuple(f"{kind}_" for kind in GIVING)):
             return None
         try:
             cell = read_result(path).cell
             return cell if result_file(cell, self.folder) == path else None
         except (UserError, OSError, ValueError, KeyError, TypeError):  # of another version, or its checkpoint is gone
             return None
+
+
+def gives(other: Cell, cell: Cell) -> bool:
+    """Whether one cell's answers are of use to another: it asks the same model, under the same method."""
+    return other.kind in GIVING and cell.kind in SHARING and _asks(other) == _asks(cell)
 
 
 def _asks(cell: Cell) -> Cell:

@@ -123,6 +123,7 @@ def comparison_cells(
 ) -> list[Cell]:
     """Accuracy of every method, and the sparsity of AdapTiV and CMC if they take part.
 
+    What few questions are asked for comes first: their answers are of use to the accuracies (see known).
     traces: also the traces of Focus. costs: also what a prefill costs under every method. view: also what a view of one
     question of the last model and data set shows.
     """
@@ -130,13 +131,13 @@ def comparison_cells(
     for common in _pairs(params):
         first = {"limit": params["trace_samples"], **common}
         for method in params["methods"]:
+            if method == "focus" and traces:
+                cells.append(make_cell("trace", method=method, **first))
+            if method in ("adaptiv", "cmc"):
+                cells.append(make_cell("sparsity", method=method, **first))
             cells.append(make_cell("accuracy", method=method, limit=params["limit"], **common))
             if costs:
                 cells.append(make_cell("cost", method=method, limit=1, **common))
-            if method in ("adaptiv", "cmc"):
-                cells.append(make_cell("sparsity", method=method, **first))
-            if method == "focus" and traces:
-                cells.append(make_cell("trace", method=method, **first))
         if params.get("grey"):
             cells.append(make_cell("blank", method="dense", limit=params["limit"], **common))
         for method, entries in (params.get("matched") or {}).items():
@@ -177,7 +178,7 @@ def sweep_points(params: dict[str, Any]) -> list[SweepPoint]:
 
 def dse_cells(params: dict[str, Any]) -> list[Cell]:
     """The cells of a DSE, each once."""
-    cells = [cell for point in sweep_points(params) for cell in (point.accuracy, point.trace)]
+    cells = [cell for point in sweep_points(params) for cell in (point.trace, point.accuracy)]  # see comparison_cells
     for common in _pairs(params):
         common["limit"] = params["ablation_limit"]
         cells += [make_cell("accuracy", method=method, **common) for method in ("dense", "focus")]
@@ -232,9 +233,9 @@ CELLS: dict[str, Callable[[dict[str, Any]], list[Cell]]] = {
         list(_pairs(params)), params["methods"], params["targets"], params["limit"], params["settings"]
     ),
     "curves": lambda params: curve_cells(list(_pairs(params)), points_of(params), params["limit"]),
+    "image": lambda params: comparison_cells(params, traces=True),
     "dse": dse_cells,
     "int8": int8_cells,
-    "image": lambda params: comparison_cells(params, traces=True),
     "hardware": _no_cells_of_hardware,
     "speed": _no_cells_of_speed,
 }

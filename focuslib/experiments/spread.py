@@ -24,7 +24,7 @@ from focuslib.experiments.finish import (
     unsettled,
     write_result,
 )
-from focuslib.experiments.known import Known
+from focuslib.experiments.known import Known, gives
 from focuslib.experiments.progress import Bar
 from focuslib.experiments.published import expected_work, seconds_a_question
 from focuslib.experiments.shards import Question, Shard, questions_of, split
@@ -142,14 +142,20 @@ def spread(
     Raises UserError if an answer cannot be kept, on a full disk: nothing that is answered from then on would be.
     """
     runs: dict[Cell, CellRun] = {}
+    later: list[Cell] = []  # cells that wait for the answers of others
     queue = Queue()
     watch = _Watch(engine, runs, bar)
     with ExitStack() as claims:
 
+        def begin(cells: list[Cell]) -> Iterator[Settled]:
+            before = set(runs)
+            later.extend(cells)
+            yield from _begin(later, known, size, queue, runs, claims)
+            bar.found(sum(run.work_done for cell, run in runs.items() if cell not in before))
+
         def refill() -> Iterator[Settled]:
             while len(queue) < AHEAD * max(1, engine.workers) and (cells := more()):
-                yield from _begin([cell for cell in cells if cell not in runs], known, size, queue, runs, claims)
-                bar.found(sum(run.work_done for cell in cells if (run := runs.get(cell))))
+                yield from begin([cell for cell in cells if cell not in runs and cell not in later])
 
         yield from refill()
         for shard, message in engine.run(queue):
@@ -159,17 +165,25 @@ def spread(
             if not run.shards:
                 yield _settle(run)
                 run.shards = -1
+                yield from begin([])  # some may have waited for it
             yield from refill()
 
 
 def _begin(
     cells: list[Cell], known: Known, size: int | None, queue: Queue, runs: dict[Cell, CellRun], claims: ExitStack
 ) -> Iterator[Settled]:
-    """Put the shards of cells into the queue; those that have nothing to ask are settled."""
+    """Put the shards of cells into the queue; those that have nothing to ask are settled.
+
+    What a cell that is being run will answer is not asked for another one: that stays in `cells`, for later.
+    """
     left: list[Cell] = []
     folder = known.folder
     yield from unsettled(cells, folder, left)
+    cells.clear()
     for cell in left:
+        if any(run.shards > 0 and gives(other, cell) for other, run in runs.items()):
+            cells.append(cell)
+            continue
         try:
             path = result_file(cell, folder)
             claim = claims.enter_context(ExitStack())
