@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 from focuslib.hardware.accelerators import CLOCK_HZ, WORD_BYTES
 from focuslib.prefill.ops import DecoderShape
@@ -19,6 +20,7 @@ class Product:
     outputs: int
 
 
+@cache
 def linear_products(shape: DecoderShape) -> tuple[Product, ...]:
     """The seven linear layers of a decoder layer; k and v share the counts of q_proj, up those of gate_proj."""
     return (
@@ -66,7 +68,8 @@ class Cost:
     def total(self, name: str) -> float:
         """The sum of one column of `ProductCost` over all products; fractions lose nothing by their order."""
         values = [getattr(product, name) for product in self.products]
-        return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values)
+        fractions = any(issubclass(kind, float) for kind in set(map(type, values)))
+        return math.fsum(values) if fractions else sum(values)
 
     @property
     def cycles(self) -> float:

@@ -28,10 +28,11 @@ class Energy:
 
 def energy(cost: Cost, design: Accelerator) -> Energy:
     """What a prefill takes on an accelerator, in mJ."""
+    seconds = cost.seconds
     return Energy(
         dram=cost.total("dram") * DRAM_MJ_PER_BYTE,
-        buffer=design.buffer_mw * cost.seconds,
-        core=design.core_mw * cost.seconds,
+        buffer=design.buffer_mw * seconds,
+        core=design.core_mw * seconds,
     )
 
 
