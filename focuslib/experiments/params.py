@@ -222,9 +222,9 @@ EXPERIMENTS: dict[str, type[Results]] = {
     "baselines": Baselines,
     "methods": Methods,
     "curves": Curves,
+    "image": Image,
     "dse": Dse,
     "int8": Int8,
-    "image": Image,
     "hardware": Hardware,
     "speed": Speed,
 }
