@@ -220,10 +220,9 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
     used = rows.shape[2]
     if rows[0].numel() * reference.shape[1] > _TRIMMED:
         used = max(2, used_columns(rows, reference))  # a causal attention matrix has others; a graph takes two
-    count, trimmed, other = rows.shape[1], rows[..., :used], reference[..., :used]
-    if count % _TOGETHER:
-        trimmed = F.pad(trimmed, (0, 0, 0, -count % _TOGETHER))
-    match, sure = compiled(_together(trimmed), other, scalar(limit, rows.device))
+    count = rows.shape[1]
+    whole = F.pad(rows, (0, 0, 0, -count % _TOGETHER)) if count % _TOGETHER else rows
+    match, sure = compiled(_together(whole), reference, reference[0, 0, :used], scalar(limit, rows.device))
     match, sure = match[:, :count], sure[:, :count]
     unsure = torch.nonzero(~sure)  # [K, 2]
     for head in unsure[:, 0].unique().tolist() if len(unsure) else ():
@@ -234,7 +233,7 @@ def _exhaustive(rows: Tensor, reference: Tensor, limit: float, compiled: Callabl
 
 def _compiled(rows: Tensor, reference: Tensor) -> Callable[..., Any] | None:
     """`_decided` as it is compiled for such rows, if it is."""
-    return _compiled_decided.ready(_together(rows), reference, scalar(0.0, rows.device))
+    return _compiled_decided.ready(_together(rows), reference, reference[0, 0], scalar(0.0, rows.device))
 
 
 def _together(rows: Tensor) -> Tensor:
@@ -326,11 +325,14 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] - b).abs().sum(-1) if torch.compiler.is_compiling() else torch.cdist(a, b, p=1)
 
 
-def _decided(rows: Tensor, reference: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+def _decided(rows: Tensor, reference: Tensor, columns: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """`motion_search` of rows, and where no order of addition could decide otherwise: [H, N] each.
 
     rows: [H, _TOGETHER, N // _TOGETHER, D], some for which one pass over the reference [H, P, D] finds the distances.
+    columns: [C], as many as are in use; the others are not read. To be given those alone would take a copy.
     """
+    # not a slice: the graph would have to know that its size is less
+    rows, reference = (x.as_strided((*x.shape[:-1], columns.shape[0]), x.stride()) for x in (rows, reference))
     distance = torch.cat([(some[:, :, None] - reference[:, None]).abs().sum(-1) for some in rows.unbind(1)], 1)
     number = torch.arange(reference.shape[1], dtype=distance.dtype, device=rows.device)  # `min` with indices is slow
     least = distance.amin(-1)
@@ -349,7 +351,7 @@ def _work(a: Tensor, b: Tensor, *others: Tensor) -> int:
 
 _compiled_sums = Compiled(_two_sums, "N B =", work=lambda blocks: 2 * blocks.numel())
 _compiled_distances = Compiled(_distances, "N D", "P D", work=_work)
-_compiled_decided = Compiled(_decided, "= = N D", "= P D", "", work=_work)
+_compiled_decided = Compiled(_decided, "= = N D", "= P D", "C", "", work=_work)
 
 
 def _picked_distances(rows: Tensor, reference: Tensor, row: Tensor, candidate: Tensor) -> Tensor:
