@@ -204,6 +204,6 @@ def _choose(line: deque[Shard], mine: set[Question], anyones: set[Question]) -> 
     """One of the first shards: of the first cell, with clips that the worker has, or none has; else of a later cell."""
     near = list(islice(line, NEAR))
     first = [shard for shard in near if shard.cell is near[0].cell]
-    own = [[shard for shard in some if not mine.isdisjoint(shard.questions)] for some in (first, near)]
-    new = [shard for shard in first if anyones.isdisjoint(shard.questions)]
-    return next(chain(own[0], new, own[1], near))
+    here, ahead = ((shard for shard in some if not mine.isdisjoint(shard.questions)) for some in (first, near))
+    new = (shard for shard in first if anyones.isdisjoint(shard.questions))
+    return next(chain(here, new, ahead, near))
