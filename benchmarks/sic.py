@@ -1,4 +1,4 @@
-"""Time and memory of the SIC kernel, all as ratios within one run.
+"""Time and memory of the SIC kernel, all as ratios within one run: the median, and the quartiles, of pairs in turn.
 
 Against a dense formulation that materialises every candidate; against the kernel before it was compiled, as the method
 calls both at a site; and of wide inputs against narrow ones.
@@ -19,7 +19,7 @@ FRAMES, HEIGHT, WIDTH, CHANNELS, VECTOR, M_TILE, THRESHOLD = 64, 13, 14, 3584, 3
 WIDE = 18944  # channels before down_proj
 GRID = VisualGrid(0, FRAMES * HEIGHT * WIDTH, FRAMES, HEIGHT, WIDTH, HEIGHT * WIDTH, WIDTH)
 OPTIONS = {"threshold": THRESHOLD, "vector_size": VECTOR, "m_tile": M_TILE}
-REPEATS = 7
+REPEATS = 15
 
 
 def video_like(share: float, channels: int = CHANNELS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def now(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(kernels, share: float, widths: tuple[int, ...], threads: int, pipe) -> None:
-    """In a process of its own: each kernel's median time in turns, its peak memory in MiB, and whether all agree."""
+    """In a process of its own: each kernel's times in turns, its peak memory in MiB, and whether all agree."""
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     inputs = [video_like(share, width) for width in widths]
@@ -91,7 +91,7 @@ def _compare(kernels, share: float, widths: tuple[int, ...], threads: int, pipe)
     for kernel, (x, positions), y in cases:
         y.copy_(x)
         memory.append(measure(lambda kernel=kernel, y=y, p=positions: kernel(y, p), 1, y.device)[1])
-    pipe.send(([statistics.median(taken) for taken in times], memory, "equal" if equal else "close" if close else "no"))
+    pipe.send((times, memory, "equal" if equal else "close" if close else "no"))
 
 
 def compare(kernels, share: float, widths=(CHANNELS, CHANNELS), threads: int = 2):
@@ -104,6 +104,17 @@ def compare(kernels, share: float, widths=(CHANNELS, CHANNELS), threads: int = 2
     return result
 
 
+def _medians(times) -> list[float]:
+    return [statistics.median(taken) for taken in times]
+
+
+def _ratio(above: list[float], below: list[float]) -> str:
+    """Of times taken in turns: the median of their ratios, and the quartiles."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    first, median, third = statistics.quantiles(ratios, n=4)
+    return f"{median:.1f} × ({first:.1f} to {third:.1f})"
+
+
 def main() -> None:
     print(f"SIC on [{GRID.length}, {CHANNELS}] float32, vector {VECTOR}, block 2×2×2, m_tile {M_TILE}")
     for name, kernel, shares, threads in (
@@ -111,14 +122,15 @@ def main() -> None:
         ("kernel before it was compiled", before, (1.0, 0.3), 2),
     ):
         for share in shares:
-            (slow, fast), (most, least), agree = compare((kernel, now), share, threads=threads)
+            times, (most, least), agree = compare((kernel, now), share, threads=threads)
+            slow, fast = _medians(times)
             print(
                 f"  {share:4.0%} of the tokens, {threads} threads: {name} {slow:.3f} s {most:.0f} MiB, "
-                f"now {fast:.3f} s {least:.0f} MiB: {slow / fast:.1f} × faster, {least / most:.2f} of the memory "
+                f"now {fast:.3f} s {least:.0f} MiB: {_ratio(*times)} faster, {least / most:.2f} of the memory "
                 f"(values: {agree})"
             )
     (narrow, wide), _, _ = compare((now, now), 1.0, widths=(CHANNELS, WIDE))
-    print(f"  {WIDE} channels take {wide / narrow:.1f} × the time of {CHANNELS} ({WIDE / CHANNELS:.1f} × the work)")
+    print(f"  {WIDE} channels take {_ratio(wide, narrow)} the time of {CHANNELS} ({WIDE / CHANNELS:.1f} × the work)")
 
 
 if __name__ == "__main__":
